@@ -1,0 +1,217 @@
+"""Configuration of the models; the only place where defaults live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from hstu_kernels import AttentionMask, Backend, resolve_backend
+
+
+class Variant(StrEnum):
+    """The published forms of the HSTU layer; their weights are not interchangeable.
+
+    ``RESEARCH``: SiLU on U, V, Q, K; norms without affine; alpha 1; no concatenation. Published the ML-1M figures.
+    ``PRODUCTION``: affine norms; SiLU on U only; alpha 1/sqrt(Dqk); output from ``concat[U, A, Norm(A) * U]``.
+    ``ULTRA``: SiLU on all four; alpha 1/Dqk; no relative bias (ULTRA-HSTU).
+    """
+
+    RESEARCH = "research"
+    PRODUCTION = "production"
+    ULTRA = "ultra"
+
+
+class RowTime(StrEnum):
+    """The time from which a row measures time differences.
+
+    ``REQUEST``: the time of the event that the row predicts: the next event's in training, the request's in use.
+    ``EVENT``: the time of the row's own event, in training and in use; nothing about the request is known.
+    """
+
+    REQUEST = "request"
+    EVENT = "event"
+
+
+class Similarity(StrEnum):
+    """Score of a user vector and an item vector: plain dot product, or cosine of both."""
+
+    DOT = "dot"
+    L2 = "l2"
+
+
+class LossType(StrEnum):
+    """``FULL_SOFTMAX`` over all items, ``SAMPLED_SOFTMAX`` over drawn negatives, ``BCE`` with drawn negatives."""
+
+    FULL_SOFTMAX = "full_softmax"
+    SAMPLED_SOFTMAX = "sampled_softmax"
+    BCE = "bce"
+
+
+class NegativeSource(StrEnum):
+    """``UNIFORM`` over the item ids, or ``IN_BATCH``: the positives of the batch's other rows."""
+
+    UNIFORM = "uniform"
+    IN_BATCH = "in_batch"
+
+
+def _expect(ok: bool, name: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _enum(cls: type[Any], name: str, value: Any) -> Any:
+    try:
+        return cls(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected one of {', '.join(cls)}, got {value!r}") from None
+
+
+def _checked_int(name: str, value: object, minimum: int) -> None:
+    _expect(isinstance(value, int) and not isinstance(value, bool) and value >= minimum, name, f"an int >= {minimum}", value)
+
+
+def _probability(name: str, value: object) -> None:
+    _expect(isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1, name, "a number in [0, 1)", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSTUConfig:
+    """The transducer: width, depth, attention and bias.
+
+    Attributes:
+        embedding_dim: ``D``, width of the tokens.
+        num_layers, num_heads: depth and heads ``H``.
+        attention_dim: width of Q and K per head; default ``embedding_dim / num_heads``.
+        linear_dim: width of U and V per head; default as ``attention_dim``.
+        max_seq_len: ``N``, the longest sequence the model is made for; sizes the position tables.
+        variant: form of the layer.
+        dropout: on the input embedding and before the output projection.
+        alpha: multiplies ``q . k``; default by variant.
+        attn_scale: multiplies after SiLU, the same in training and in use; default ``1 / max_seq_len``.
+        position_bias, time_bias: terms of the relative bias; default on, off for the ultra variant.
+        num_time_buckets: buckets of the time term.
+        row_time: from which time a row measures.
+        position_embedding: learned absolute positions added to the input.
+        mask: attention structure.
+        norm_eps: of the layer norms.
+        backend: of the operators.
+    """
+
+    embedding_dim: int = 64
+    num_layers: int = 2
+    num_heads: int = 1
+    attention_dim: int | None = None
+    linear_dim: int | None = None
+    max_seq_len: int = 200
+    variant: Variant = Variant.RESEARCH
+    dropout: float = 0.2
+    alpha: float | None = None
+    attn_scale: float | None = None
+    position_bias: bool | None = None
+    time_bias: bool | None = None
+    num_time_buckets: int = 128
+    row_time: RowTime = RowTime.REQUEST
+    position_embedding: bool = True
+    mask: AttentionMask = field(default_factory=AttentionMask)
+    norm_eps: float = 1e-6
+    backend: Backend = Backend.AUTO
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "num_layers", "num_heads", "max_seq_len", "num_time_buckets"):
+            _checked_int(name, getattr(self, name), 1)
+        _set(self, "variant", _enum(Variant, "variant", self.variant))
+        _set(self, "row_time", _enum(RowTime, "row_time", self.row_time))
+        _set(self, "backend", Backend(self.backend) if resolve_backend(self.backend) else None)
+        if self.attention_dim is None:
+            _expect(
+                self.embedding_dim % self.num_heads == 0,
+                "num_heads",
+                f"a divisor of embedding_dim ({self.embedding_dim}) as attention_dim is not given",
+                self.num_heads,
+            )
+            _set(self, "attention_dim", self.embedding_dim // self.num_heads)
+        if self.linear_dim is None:
+            _set(self, "linear_dim", self.attention_dim)
+        _checked_int("attention_dim", self.attention_dim, 1)
+        _checked_int("linear_dim", self.linear_dim, 1)
+        _probability("dropout", self.dropout)
+        if self.alpha is None:
+            defaults = {Variant.RESEARCH: 1.0, Variant.PRODUCTION: self.qk_dim**-0.5, Variant.ULTRA: 1.0 / self.qk_dim}
+            _set(self, "alpha", defaults[self.variant])
+        if self.attn_scale is None:
+            _set(self, "attn_scale", 1.0 / self.max_seq_len)
+        for name in ("alpha", "attn_scale", "norm_eps"):
+            value = getattr(self, name)
+            _expect(isinstance(value, int | float) and value > 0, name, "a number > 0", value)
+        for name in ("position_bias", "time_bias"):
+            if getattr(self, name) is None:
+                _set(self, name, self.variant is not Variant.ULTRA)
+        for name in ("position_bias", "time_bias", "position_embedding"):
+            _expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
+        _expect(isinstance(self.mask, AttentionMask), "mask", "an AttentionMask", self.mask)
+
+    # The optional fields are numbers once the config exists; these say so to the reader and the type checker.
+    @property
+    def qk_dim(self) -> int:
+        """Width of Q and K per head."""
+        assert self.attention_dim is not None
+        return self.attention_dim
+
+    @property
+    def uv_dim(self) -> int:
+        """Width of U and V per head."""
+        assert self.linear_dim is not None
+        return self.linear_dim
+
+    @property
+    def attn_alpha(self) -> float:
+        """``alpha`` as used by the attention."""
+        assert self.alpha is not None
+        return float(self.alpha)
+
+    @property
+    def scale(self) -> float:
+        """``attn_scale`` as used by the attention."""
+        assert self.attn_scale is not None
+        return float(self.attn_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """Similarity, loss and negatives of the retrieval head.
+
+    Attributes:
+        similarity: dot product, or cosine (L2-normalised user and item vectors).
+        temperature: the similarity is divided by it.
+        loss: training objective.
+        num_negatives: drawn for each position (uniform); in-batch uses this many positives of other rows.
+        negatives: where they are drawn from.
+        logq_correction: subtract ``log q(item)`` from the logits of in-batch items, whose chance of being drawn follows
+            their popularity (sampled softmax only; uniform draws shift all logits alike).
+    """
+
+    similarity: Similarity = Similarity.L2
+    temperature: float = 0.05
+    loss: LossType = LossType.FULL_SOFTMAX
+    num_negatives: int = 128
+    negatives: NegativeSource = NegativeSource.UNIFORM
+    logq_correction: bool = True
+
+    def __post_init__(self) -> None:
+        _set(self, "similarity", _enum(Similarity, "similarity", self.similarity))
+        _set(self, "loss", _enum(LossType, "loss", self.loss))
+        _set(self, "negatives", _enum(NegativeSource, "negatives", self.negatives))
+        _checked_int("num_negatives", self.num_negatives, 1)
+        _expect(isinstance(self.temperature, int | float) and self.temperature > 0, "temperature", "a number > 0", self.temperature)
+        _expect(isinstance(self.logq_correction, bool), "logq_correction", "a bool", self.logq_correction)
+
+
+def _set(config: object, name: str, value: object) -> None:
+    object.__setattr__(config, name, value)
+
+
+def field_names(config: type[Any]) -> Iterable[str]:
+    """Names of the fields of a config class, for adapters that translate other spellings."""
+    return tuple(f.name for f in fields(config))

@@ -1,0 +1,72 @@
+"""Next-item retrieval: user vectors from histories, generative training over all positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hstu_plugin.config import HSTUConfig, RetrievalConfig
+from hstu_plugin.embedding import SequenceEmbedding
+from hstu_plugin.encoder import HSTUEncoder
+from hstu_plugin.losses import next_item_loss, normalise
+from hstu_plugin.sequence import JaggedSequence
+
+
+class HSTURetrieval(nn.Module):
+    """Encoder and retrieval head. The item table is the caller's: a plain embedding or a sharded one.
+
+    Sequences come as item vectors ``[L, D]``; item id 0 is the padding and never scored.
+    """
+
+    def __init__(self, config: HSTUConfig, retrieval: RetrievalConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.retrieval = retrieval if retrieval is not None else RetrievalConfig()
+        self.embedding = SequenceEmbedding(config)
+        self.encoder = HSTUEncoder(config)
+
+    def encode(self, seq: JaggedSequence, request_timestamps: Tensor | None = None) -> JaggedSequence:
+        """Item vectors ``[L, D]`` to contextualised rows ``[L, D]``."""
+        return self.encoder(self.embedding(seq), request_timestamps)
+
+    def forward(self, seq: JaggedSequence, request_timestamps: Tensor | None = None) -> Tensor:
+        """User vectors ``[B, D]`` after each history, normalised as the similarity wants them.
+
+        Args:
+            seq: histories of item vectors, without targets.
+            request_timestamps: ``[B]`` int64 seconds, where known (`HSTUEncoder.forward`).
+        """
+        rows = self.encode(seq, request_timestamps)
+        lengths = rows.layout.history_lengths
+        users = rows.values[rows.last_history_rows().clamp(min=0)]
+        # A user without history has no row; all items score alike.
+        users = torch.where((lengths > 0)[:, None], users, 0.0)
+        return normalise(users, self.retrieval.similarity)
+
+    def scores(self, users: Tensor, items: Tensor) -> Tensor:
+        """``[B, num_items]`` from `forward`'s user vectors and the item table ``[num_items, D]``."""
+        return users @ normalise(items, self.retrieval.similarity).T / self.retrieval.temperature
+
+    def loss(
+        self,
+        seq: JaggedSequence,
+        positives: Tensor,
+        items: Tensor,
+        *,
+        request_timestamps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Mean next-item loss over all positions (generative training, HSTU section 2.2).
+
+        Args:
+            seq: histories of item vectors ``[L, D]``.
+            positives: ``[L]`` int64, the item that follows each row; 0 where there is none.
+            items: ``[num_items, D]`` item table.
+            request_timestamps: ``[B]`` int64 time of the event that follows each history, where known.
+            generator: source of sampled negatives.
+        """
+        if positives.shape != seq.values.shape[:1]:
+            raise ValueError(f"positives: expected [{seq.values.shape[0]}], got {tuple(positives.shape)}")
+        rows = self.encode(seq, request_timestamps).values
+        asked = positives != 0
+        return next_item_loss(rows[asked], positives[asked], items, self.retrieval, generator=generator)

@@ -1,0 +1,23 @@
+"""Operators of HSTU and ULTRA-HSTU on jagged batches. Depends on torch alone; see ``kernels/README.md``."""
+
+from hstu_kernels.attention import AttentionPlan, hstu_attention, hstu_target_attention, plan_attention
+from hstu_kernels.backend import Backend, UnsupportedBackend, resolve_backend
+from hstu_kernels.bias import RelativeBias, next_event_timestamps
+from hstu_kernels.layout import JaggedLayout, LayerKV
+from hstu_kernels.mask import AttentionMask, KeyRange
+
+__all__ = [
+    "AttentionMask",
+    "AttentionPlan",
+    "Backend",
+    "JaggedLayout",
+    "KeyRange",
+    "LayerKV",
+    "RelativeBias",
+    "UnsupportedBackend",
+    "hstu_attention",
+    "hstu_target_attention",
+    "next_event_timestamps",
+    "plan_attention",
+    "resolve_backend",
+]

@@ -1,0 +1,200 @@
+"""Validate, resolve, call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hstu_kernels.attention.eager import EagerPlan, eager_attention, eager_target_attention, plan_eager
+from hstu_kernels.attention.reference import reference_attention, reference_target_attention
+from hstu_kernels.backend import Backend, resolve_backend
+from hstu_kernels.bias import RelativeBias
+from hstu_kernels.layout import JaggedLayout, LayerKV
+from hstu_kernels.mask import AttentionMask
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What a backend prepares once for a batch and reuses in every layer. Opaque; made by `plan_attention`."""
+
+    backend: Backend
+    layout: JaggedLayout
+    mask: AttentionMask
+    times: tuple[Tensor | None, Tensor | None, int]
+    state: EagerPlan | None
+
+
+def plan_attention(
+    layout: JaggedLayout,
+    mask: AttentionMask,
+    *,
+    bias: RelativeBias | None = None,
+    total_rows: int,
+    backend: Backend | str = Backend.AUTO,
+) -> AttentionPlan:
+    """Validate the batch and prepare it for any number of `hstu_attention` calls.
+
+    Args:
+        layout, mask: geometry and structure shared by the calls.
+        bias: any bias with the timestamps and the number of buckets that the calls will use; its weights are not read.
+        total_rows: ``L`` of the tensors to come.
+        backend: as in `hstu_attention`.
+
+    Raises:
+        ValueError: the layout is inconsistent or does not cover ``total_rows`` rows.
+        UnsupportedBackend: the backend cannot serve the call.
+    """
+    resolved = resolve_backend(backend)
+    layout.check_rows("total_rows", total_rows)
+    if bias is not None:
+        for name, times in (("timestamps", bias.timestamps), ("row_timestamps", bias.row_timestamps)):
+            if times is not None and times.numel() != total_rows:
+                raise ValueError(f"bias.{name}: expected one entry for each of {total_rows} rows, got {times.numel()}")
+    state = plan_eager(layout, mask, bias) if resolved is Backend.EAGER else None
+    return AttentionPlan(resolved, layout, mask, _times(bias), state)
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    mask: AttentionMask,
+    *,
+    alpha: float,
+    scale: float,
+    bias: RelativeBias | None = None,
+    backend: Backend | str = Backend.AUTO,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    """Jagged HSTU attention, ``out_i = sum_j SiLU(alpha * (q_i . k_j) + rab_ij) * scale * v_j`` over visible ``j``.
+
+    Args:
+        q, k: ``[L, H, Dqk]`` float. v: ``[L, H, Dv]``, same dtype and device.
+        layout: where the sequences lie in ``L``; ``max_seq_len`` bounds the launch and never enters a number.
+        mask: which keys each row sees.
+        alpha: multiplies the dot product only. scale: multiplies after SiLU.
+        bias: relative attention bias, shared by the heads; differentiable in both tables.
+        backend: ``auto`` or an explicit one, which is never replaced silently.
+        plan: from `plan_attention` for the same layout, mask and timestamps; saves repeating the preparation.
+
+    Returns:
+        ``[L, H, Dv]`` in the dtype of ``v``.
+
+    Raises:
+        TypeError, ValueError: inputs do not fit together; the message names the argument.
+        UnsupportedBackend: an explicit backend cannot serve the call.
+    """
+    _check_qkv(q, k, v)
+    if plan is None:
+        plan = plan_attention(layout, mask, bias=bias, total_rows=q.shape[0], backend=backend)
+    else:
+        _check_plan(plan, layout, mask, bias, q.shape[0], backend)
+    _check_bias(bias, q)
+    if plan.state is not None:
+        return eager_attention(q, k, v, plan.state, alpha=alpha, scale=scale, bias=bias)
+    return reference_attention(q, k, v, layout, mask, alpha=alpha, scale=scale, bias=bias)
+
+
+def hstu_target_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: LayerKV,
+    layout: JaggedLayout,
+    mask: AttentionMask,
+    *,
+    alpha: float,
+    scale: float,
+    bias: RelativeBias | None = None,
+    backend: Backend | str = Backend.AUTO,
+) -> Tensor:
+    """Attention of targets to cached histories and to themselves (M-FALCON, HSTU section 3.4).
+
+    Equals the target rows of `hstu_attention` over ``[contextual | history | targets]``.
+
+    Args:
+        q, k: ``[T, H, Dqk]``. v: ``[T, H, Dv]``: rows of the targets only.
+        cache: keys and values of the histories, one sequence for each of ``layout``.
+        layout: where each user's targets lie in ``T``; without ``num_targets``.
+        bias: ``timestamps [cache rows]`` and ``row_timestamps [T]`` (request times) when it has a time table.
+        mask, alpha, scale, backend: as in `hstu_attention`.
+
+    Returns:
+        ``[T, H, Dv]``.
+
+    Raises:
+        TypeError, ValueError, UnsupportedBackend: as `hstu_attention`.
+    """
+    _check_qkv(q, k, v)
+    resolved = resolve_backend(backend)
+    layout.check_rows("q", q.shape[0])
+    cache.layout.check_rows("cache.k", cache.k.shape[0])
+    if cache.layout.batch_size != layout.batch_size:
+        raise ValueError(f"cache: expected {layout.batch_size} sequences as layout, got {cache.layout.batch_size}")
+    if layout.num_targets is not None or cache.layout.num_targets is not None:
+        raise ValueError("layout: expected target rows only, so num_targets must be None in layout and cache.layout")
+    if cache.k.shape[1:] != k.shape[1:] or cache.v.shape[1:] != v.shape[1:]:
+        raise ValueError(
+            f"cache: expected heads and widths {tuple(k.shape[1:])} and {tuple(v.shape[1:])}, "
+            f"got {tuple(cache.k.shape[1:])} and {tuple(cache.v.shape[1:])}"
+        )
+    _check_bias(bias, q)
+    if bias is not None and bias.time_table is not None:
+        if bias.row_timestamps is None or bias.row_timestamps.numel() != q.shape[0]:
+            raise ValueError(f"bias.row_timestamps: expected the request time of each of {q.shape[0]} targets")
+        if bias.timestamps is None or bias.timestamps.numel() != cache.k.shape[0]:
+            raise ValueError(f"bias.timestamps: expected one entry for each of {cache.k.shape[0]} cached rows")
+    call = eager_target_attention if resolved is Backend.EAGER else reference_target_attention
+    return call(q, k, v, cache, layout, mask, alpha=alpha, scale=scale, bias=bias)
+
+
+def _times(bias: RelativeBias | None) -> tuple[Tensor | None, Tensor | None, int]:
+    return (None, None, 0) if bias is None else (bias.timestamps, bias.row_timestamps, bias.num_buckets)
+
+
+def _check_plan(
+    plan: AttentionPlan,
+    layout: JaggedLayout,
+    mask: AttentionMask,
+    bias: RelativeBias | None,
+    total_rows: int,
+    backend: Backend | str,
+) -> None:
+    if plan.backend is not resolve_backend(backend):
+        raise ValueError(f"plan: expected one made for backend {backend}, got {plan.backend}")
+    if plan.layout is not layout or plan.mask != mask:
+        raise ValueError("plan: made for another layout or mask; call plan_attention() for this batch")
+    timestamps, row_timestamps, num_buckets = _times(bias)
+    if num_buckets and (
+        plan.times[0] is not timestamps or plan.times[1] is not row_timestamps or plan.times[2] != num_buckets
+    ):
+        raise ValueError("plan: made for other timestamps or another number of buckets; plan with the same bias")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected [L, H, D], got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise TypeError(f"{name}: expected {q.dtype} on {q.device} as q, got {tensor.dtype} on {tensor.device}")
+    if q.shape != k.shape:
+        raise ValueError(f"k: expected the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if q.shape[:2] != v.shape[:2]:
+        raise ValueError(f"v: expected {q.shape[0]} rows and {q.shape[1]} heads as q, got {tuple(v.shape)}")
+
+
+def _check_bias(bias: RelativeBias | None, q: Tensor) -> None:
+    if bias is None:
+        return
+    for name, tensor in (
+        ("pos_table", bias.pos_table),
+        ("time_table", bias.time_table),
+        ("timestamps", bias.timestamps),
+        ("row_timestamps", bias.row_timestamps),
+    ):
+        if tensor is not None and tensor.device != q.device:
+            raise TypeError(f"bias.{name}: expected a tensor on {q.device} as q, got one on {tensor.device}")
