@@ -9,7 +9,7 @@ import importlib.metadata
 import platform
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 PYTHON_MIN = (3, 11)
@@ -48,20 +48,9 @@ MATCHES = (
 # The row that constraints.txt installs.
 TESTED = next(match for match in MATCHES if match.torch == (2, 13))
 
+_CHECKED = ("torch", "triton", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "recbole", "pandas")
 # Distributions worth a line in a result file.
-_RECORDED = (
-    "hstu-plugin",
-    "torch",
-    "triton",
-    "fbgemm-gpu",
-    "fbgemm-gpu-cpu",
-    "torchrec",
-    "torchx",
-    "recbole",
-    "numpy",
-    "pandas",
-    "scipy",
-)
+_RECORDED = ("hstu-plugin", *_CHECKED, "numpy", "scipy", "scikit-learn", "torchx")
 
 
 def check_versions(installed: Mapping[str, str] | None = None, *, doors: Collection[str] = DOORS) -> None:
@@ -78,7 +67,7 @@ def check_versions(installed: Mapping[str, str] | None = None, *, doors: Collect
     for door in doors:
         if door not in DOORS:
             raise ValueError(f"doors: expected a subset of {DOORS}, got {door!r}")
-    found = installed_versions() if installed is None else installed
+    found = installed_versions(_CHECKED) if installed is None else installed
     _check_core(found)
     if "recbole" in doors:
         _check_recbole(found)
@@ -86,10 +75,10 @@ def check_versions(installed: Mapping[str, str] | None = None, *, doors: Collect
         _check_torchrec(found)
 
 
-def installed_versions() -> dict[str, str]:
-    """Version by distribution name, of those recorded in results that are installed, and of ``python``."""
+def installed_versions(names: Iterable[str] = _RECORDED) -> dict[str, str]:
+    """Version by distribution name, of those asked for that are installed, and of ``python``."""
     found = {"python": platform.python_version()}
-    for name in _RECORDED:
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -61,7 +61,7 @@ def _expect(ok: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-def _enum(cls: type[Any], name: str, value: Any) -> Any:
+def _enum(cls: type[StrEnum], name: str, value: Any) -> Any:
     try:
         return cls(value)
     except ValueError:
@@ -69,11 +69,23 @@ def _enum(cls: type[Any], name: str, value: Any) -> Any:
 
 
 def _checked_int(name: str, value: object, minimum: int) -> None:
-    _expect(isinstance(value, int) and not isinstance(value, bool) and value >= minimum, name, f"an int >= {minimum}", value)
+    _expect(
+        isinstance(value, int) and not isinstance(value, bool) and value >= minimum, name, f"an int >= {minimum}", value
+    )
+
+
+def _positive(name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    _expect(number and value > 0, name, "a number > 0", value)  # type: ignore[operator]
 
 
 def _probability(name: str, value: object) -> None:
-    _expect(isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1, name, "a number in [0, 1)", value)
+    _expect(
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
+        name,
+        "a number in [0, 1)",
+        value,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +156,7 @@ class HSTUConfig:
             _set(self, "attn_scale", 1.0 / self.max_seq_len)
         for name in ("alpha", "attn_scale", "norm_eps"):
             value = getattr(self, name)
-            _expect(isinstance(value, int | float) and value > 0, name, "a number > 0", value)
+            _positive(name, value)
         for name in ("position_bias", "time_bias"):
             if getattr(self, name) is None:
                 _set(self, name, self.variant is not Variant.ULTRA)
@@ -204,7 +216,7 @@ class RetrievalConfig:
         _set(self, "loss", _enum(LossType, "loss", self.loss))
         _set(self, "negatives", _enum(NegativeSource, "negatives", self.negatives))
         _checked_int("num_negatives", self.num_negatives, 1)
-        _expect(isinstance(self.temperature, int | float) and self.temperature > 0, "temperature", "a number > 0", self.temperature)
+        _positive("temperature", self.temperature)
         _expect(isinstance(self.logq_correction, bool), "logq_correction", "a bool", self.logq_correction)
 
 

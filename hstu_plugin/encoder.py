@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from hstu_kernels import AttentionPlan, LayerKV, next_event_timestamps, plan_attention
+from hstu_plugin._versions import check_versions
 from hstu_plugin.config import HSTUConfig, RowTime
 from hstu_plugin.layer import HSTULayer
 from hstu_plugin.sequence import JaggedSequence
+
+check_versions(doors=())
 
 KVCache = tuple[LayerKV, ...]
 
@@ -19,6 +23,9 @@ class HSTUEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
+
+    def _stack(self) -> list[HSTULayer]:
+        return [layer for layer in self.layers if isinstance(layer, HSTULayer)]
 
     def forward(self, seq: JaggedSequence, request_timestamps: Tensor | None = None) -> JaggedSequence:
         """Transform ``seq`` (targets allowed).
@@ -50,7 +57,7 @@ class HSTUEncoder(nn.Module):
             raise ValueError(f"cache: expected one entry for each of {len(self.layers)} layers, got {len(cache)}")
         self._check_times(targets)
         x = targets.values
-        for layer, kv in zip(self.layers, cache, strict=True):
+        for layer, kv in zip(self._stack(), cache, strict=True):
             x = layer.decode(x, targets.layout, targets.timestamps, kv)
         return targets.with_values(x)
 
@@ -61,18 +68,16 @@ class HSTUEncoder(nn.Module):
         plan = self._plan(seq, timestamps, rows)
         x = seq.values
         cache = []
-        for layer in self.layers:
+        for layer in self._stack():
             x, kv = layer.prefill(x, seq.layout, timestamps, rows, plan)
             cache.append(kv)
         return seq.with_values(x), tuple(cache)
 
     def _plan(self, seq: JaggedSequence, timestamps: Tensor | None, row_timestamps: Tensor | None) -> AttentionPlan:
-        layer = self.layers[0]
-        assert isinstance(layer, HSTULayer)
         return plan_attention(
             seq.layout,
             self.config.mask,
-            bias=layer.bias(timestamps, row_timestamps),
+            bias=self._stack()[0].bias(timestamps, row_timestamps),
             total_rows=seq.values.shape[0],
             backend=self.config.backend,
         )
@@ -89,6 +94,8 @@ class HSTUEncoder(nn.Module):
             raise ValueError(
                 f"request_timestamps: expected [{seq.layout.batch_size}], got {tuple(request_timestamps.shape)}"
             )
+        if request_timestamps.dtype != torch.int64:
+            raise TypeError(f"request_timestamps: expected int64 seconds, got {request_timestamps.dtype}")
         filled = seq.layout.history_lengths > 0
         return rows.index_copy(0, seq.last_history_rows()[filled], request_timestamps[filled])
 

@@ -114,13 +114,14 @@ class HSTULayer(nn.Module):
         """``u [L, H * Dv]``, ``v [L, H, Dv]``, ``q, k [L, H, Dqk]``."""
         config = self.config
         heads, qk, uv = config.num_heads, config.qk_dim, config.uv_dim
-        mixed = self.uvqk(self.input_norm(x))
+        mixed: Tensor = self.uvqk(self.input_norm(x))
         if config.variant is Variant.PRODUCTION:
-            u, rest = mixed.split([heads * uv, heads * (uv + 2 * qk)], dim=-1)
-            u = F.silu(u)
-            v, q, k = rest.split([heads * uv, heads * qk, heads * qk], dim=-1)
+            gate, rest = mixed.tensor_split([heads * uv], dim=-1)
+            mixed = torch.cat([F.silu(gate), rest], dim=-1)
         else:
-            u, v, q, k = F.silu(mixed).split([heads * uv, heads * uv, heads * qk, heads * qk], dim=-1)
+            mixed = F.silu(mixed)
+        ends = [heads * uv, 2 * heads * uv, heads * (2 * uv + qk)]
+        u, v, q, k = mixed.tensor_split(ends, dim=-1)
         return u, v.reshape(-1, heads, uv), q.reshape(-1, heads, qk), k.reshape(-1, heads, qk)
 
     def _gate(self, x: Tensor, u: Tensor, attended: Tensor) -> Tensor:

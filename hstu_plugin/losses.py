@@ -16,7 +16,8 @@ def normalise(x: Tensor, similarity: Similarity) -> Tensor:
     """Vectors ``[..., D]`` as the similarity wants them: untouched for dot, of unit length for L2."""
     if similarity is Similarity.DOT:
         return x
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_NORM_EPS)
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / lengths.clamp(min=_NORM_EPS)
 
 
 def next_item_loss(
@@ -53,7 +54,8 @@ def next_item_loss(
         negatives = _uniform_negatives(positives, items.shape[0], config.num_negatives, generator)
         # Normalise the table, not each drawn row: with R * num_negatives draws that is far less work.
         table = normalise(items, config.similarity)
-        negative_logits = torch.bmm(table[negatives], users[:, :, None]).squeeze(2) / config.temperature
+        # F.embedding: its backward sums repeated rows faster than that of an index.
+        negative_logits = torch.bmm(F.embedding(negatives, table), users[:, :, None]).squeeze(2) / config.temperature
     else:
         chosen = _in_batch_negatives(positives, config.num_negatives, generator)
         negatives = positives[chosen]

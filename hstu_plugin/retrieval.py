@@ -27,7 +27,8 @@ class HSTURetrieval(nn.Module):
 
     def encode(self, seq: JaggedSequence, request_timestamps: Tensor | None = None) -> JaggedSequence:
         """Item vectors ``[L, D]`` to contextualised rows ``[L, D]``."""
-        return self.encoder(self.embedding(seq), request_timestamps)
+        rows: JaggedSequence = self.encoder(self.embedding(seq), request_timestamps)
+        return rows
 
     def forward(self, seq: JaggedSequence, request_timestamps: Tensor | None = None) -> Tensor:
         """User vectors ``[B, D]`` after each history, normalised as the similarity wants them.
@@ -38,14 +39,17 @@ class HSTURetrieval(nn.Module):
         """
         rows = self.encode(seq, request_timestamps)
         lengths = rows.layout.history_lengths
-        users = rows.values[rows.last_history_rows().clamp(min=0)]
-        # A user without history has no row; all items score alike.
-        users = torch.where((lengths > 0)[:, None], users, 0.0)
+        # A user without history has no row: a zero vector, under which all items score alike.
+        known = lengths > 0
+        users = rows.values.new_zeros(lengths.numel(), rows.values.shape[1])
+        users = users.index_put((known,), rows.values[rows.last_history_rows()[known]])
         return normalise(users, self.retrieval.similarity)
 
     def scores(self, users: Tensor, items: Tensor) -> Tensor:
-        """``[B, num_items]`` from `forward`'s user vectors and the item table ``[num_items, D]``."""
-        return users @ normalise(items, self.retrieval.similarity).T / self.retrieval.temperature
+        """``[B, num_items]`` from `forward`'s user vectors and item table ``[num_items, D]``; -inf for the padding."""
+        scores = users @ normalise(items, self.retrieval.similarity).T / self.retrieval.temperature
+        padding = torch.arange(items.shape[0], device=items.device) == 0
+        return scores.masked_fill(padding, -torch.inf)
 
     def loss(
         self,

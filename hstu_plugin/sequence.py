@@ -30,13 +30,12 @@ class JaggedSequence:
                 raise TypeError(f"timestamps: expected int64 seconds, got {self.timestamps.dtype}; floats lose seconds")
             if self.timestamps.shape != self.values.shape[:1]:
                 raise ValueError(
-                    f"timestamps: expected one for each of {self.values.shape[0]} rows, got {tuple(self.timestamps.shape)}"
+                    f"timestamps: expected one for each of {self.values.shape[0]} rows, "
+                    f"got {tuple(self.timestamps.shape)}"
                 )
 
     @classmethod
-    def from_padded(
-        cls, values: Tensor, seq_lengths: Tensor, timestamps: Tensor | None = None
-    ) -> JaggedSequence:
+    def from_padded(cls, values: Tensor, seq_lengths: Tensor, timestamps: Tensor | None = None) -> JaggedSequence:
         """Flatten a right-padded batch.
 
         Args:
@@ -49,14 +48,19 @@ class JaggedSequence:
         """
         if values.dim() < 2 or seq_lengths.shape != values.shape[:1]:
             raise ValueError(
-                f"seq_lengths: expected [B] for values [B, N, ...], got {tuple(seq_lengths.shape)} for {tuple(values.shape)}"
+                f"seq_lengths: expected [B] for values [B, N, ...], got {tuple(seq_lengths.shape)} "
+                f"for {tuple(values.shape)}"
             )
+        if timestamps is not None and timestamps.shape != values.shape[:2]:
+            raise ValueError(f"timestamps: expected {tuple(values.shape[:2])} as values, got {tuple(timestamps.shape)}")
         width = values.shape[1]
         seq_lengths = seq_lengths.long()
         if seq_lengths.numel():
             low, high = torch.stack(torch.aminmax(seq_lengths)).tolist()
             if low < 0 or high > width:
-                raise ValueError(f"seq_lengths: expected numbers in [0, {width}] (the padded width), got {low} to {high}")
+                raise ValueError(
+                    f"seq_lengths: expected numbers in [0, {width}] (the padded width), got {low} to {high}"
+                )
         real = torch.arange(width, device=values.device) < seq_lengths[:, None]
         layout = JaggedLayout.from_lengths(seq_lengths, max_seq_len=width)
         return cls(values[real], layout, None if timestamps is None else timestamps[real])
@@ -81,7 +85,7 @@ class JaggedSequence:
         return self._select(self._target_rows(), kept)
 
     def keep_recent(self, max_history: int) -> JaggedSequence:
-        """Contextual rows, the latest ``max_history`` history rows and all targets (attention truncation, ULTRA-HSTU)."""
+        """Contextual rows, the latest ``max_history`` history rows and all targets (truncation of ULTRA-HSTU)."""
         if max_history < 0:
             raise ValueError(f"max_history: expected a number >= 0, got {max_history}")
         layout, total = self.layout, self.values.shape[0]

@@ -76,7 +76,9 @@ class RelativeBias:
             if self.time_table.dim() != 1 or self.time_table.numel() < 1:
                 raise ValueError(f"time_table: expected [num_buckets + 1], got shape {tuple(self.time_table.shape)}")
             if self.timestamps is None:
-                raise ValueError("timestamps: needed by time_table, got None; pass [L] int64 seconds or drop time_table")
+                raise ValueError(
+                    "timestamps: needed by time_table, got None; pass [L] int64 seconds or drop time_table"
+                )
         for name, times in (("timestamps", self.timestamps), ("row_timestamps", self.row_timestamps)):
             if times is not None and (times.dim() != 1 or times.dtype != torch.int64):
                 raise ValueError(f"{name}: expected [L] int64 seconds, got {tuple(times.shape)} {times.dtype}")

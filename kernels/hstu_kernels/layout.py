@@ -36,7 +36,8 @@ class JaggedLayout:
             raise ValueError("seq_offsets: expected [B + 1] entries, got an empty tensor; an empty batch is [0]")
         if self.num_targets is not None and self.num_targets.numel() != self.batch_size:
             raise ValueError(
-                f"num_targets: expected one entry for each of {self.batch_size} sequences, got {self.num_targets.numel()}"
+                f"num_targets: expected one entry for each of {self.batch_size} sequences, "
+                f"got {self.num_targets.numel()}"
             )
         if self.max_seq_len < 0 or self.contextual_seq_len < 0:
             raise ValueError(
@@ -105,26 +106,31 @@ class JaggedLayout:
         return replace(trimmed, contextual_seq_len=self.contextual_seq_len)
 
     def check_rows(self, name: str, rows: int) -> None:
-        """Raise ``ValueError`` unless the layout is consistent and covers ``rows`` rows. Reads the device once."""
-        lengths = self.seq_lengths
-        facts = [self.seq_offsets[0], self.seq_offsets[-1], torch.zeros((), dtype=torch.int64, device=self.device)]
-        facts += [lengths.min(), lengths.max()] if self.batch_size else [facts[-1], facts[-1]]
-        history = self.history_lengths
-        facts += [torch.where(lengths > 0, history, self.contextual_seq_len).min()] if self.batch_size else [facts[2]]
-        facts += [self.num_targets.min()] if self.num_targets is not None and self.batch_size else [facts[2]]
-        first, last, _, shortest, longest, least_history, least_targets = torch.stack(facts).tolist()
-        if first != 0 or shortest < 0:
+        """Raise ``ValueError`` unless the layout is consistent and covers ``rows`` rows. Reads the device."""
+        offsets = self.seq_offsets.cpu()
+        lengths = offsets.diff()
+        if int(offsets[0]) != 0 or bool((lengths < 0).any()):
             raise ValueError("seq_offsets: expected a non-decreasing tensor that starts at 0; use from_lengths()")
-        if last != rows:
-            raise ValueError(f"{name}: expected {last} rows as seq_offsets ends with {last}, got {rows} rows")
-        if longest > self.max_seq_len:
-            raise ValueError(f"max_seq_len: expected a bound >= the longest sequence ({longest}), got {self.max_seq_len}")
-        if least_targets < 0:
-            raise ValueError(f"num_targets: expected numbers >= 0, got {least_targets}")
-        if self.batch_size and least_history < self.contextual_seq_len:
+        if int(offsets[-1]) != rows:
+            raise ValueError(f"{name}: expected {int(offsets[-1])} rows as seq_offsets ends there, got {rows} rows")
+        if self.batch_size and int(lengths.max()) > self.max_seq_len:
             raise ValueError(
-                f"num_targets / contextual_seq_len: a sequence has {least_history} rows before its targets, fewer than "
-                f"the {self.contextual_seq_len} contextual rows that every non-empty sequence must have"
+                f"max_seq_len: expected a bound >= the longest sequence ({int(lengths.max())}), got {self.max_seq_len}"
+            )
+        targets = torch.zeros_like(lengths) if self.num_targets is None else self.num_targets.cpu()
+        outside = ((targets < 0) | (targets > lengths)).nonzero().flatten().tolist()
+        if outside:
+            b = outside[0]
+            raise ValueError(
+                f"num_targets: expected a number in [0, {int(lengths[b])}], the length of sequence {b}, "
+                f"got {int(targets[b])}"
+            )
+        short = ((lengths > 0) & (lengths - targets < self.contextual_seq_len)).nonzero().flatten().tolist()
+        if short:
+            b = short[0]
+            raise ValueError(
+                f"contextual_seq_len: sequence {b} has {int(lengths[b] - targets[b])} rows before its targets, fewer "
+                f"than the {self.contextual_seq_len} contextual rows that every non-empty sequence must have"
             )
 
 

@@ -24,7 +24,8 @@ class AttentionMask:
     History is always causal, a target is never seen by any other row, and the contextual prefix is seen by all.
 
     Attributes:
-        max_attn_len: 0 for unlimited; otherwise a history row sees that many earlier keys and itself (K1 of ULTRA-HSTU).
+        max_attn_len: 0 for unlimited; otherwise a history row sees that many earlier keys and itself
+            (K1 of ULTRA-HSTU).
         global_prefix_len: history keys right after the contextual prefix that all later rows see
             (first reading of K2 of ULTRA-HSTU).
         full_attn_tail_len: history rows at the end that keep full causal attention (second reading of K2).
@@ -90,7 +91,11 @@ class AttentionMask:
             self.max_attn_len == 0
             or row_begin < contextual_seq_len
             or (row_end > history_end and not self.window_targets)
-            or (self.full_attn_tail_len > 0 and row_end > history_end - self.full_attn_tail_len and row_begin < history_end)
+            or (
+                self.full_attn_tail_len > 0
+                and row_end > history_end - self.full_attn_tail_len
+                and row_begin < history_end
+            )
         )
         if sees_all:
             return KeyRange(0, 0, end)

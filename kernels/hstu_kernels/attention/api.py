@@ -45,8 +45,19 @@ def plan_attention(
         ValueError: the layout is inconsistent or does not cover ``total_rows`` rows.
         UnsupportedBackend: the backend cannot serve the call.
     """
+    return _plan("total_rows", layout, mask, bias, total_rows, backend)
+
+
+def _plan(
+    name: str,
+    layout: JaggedLayout,
+    mask: AttentionMask,
+    bias: RelativeBias | None,
+    total_rows: int,
+    backend: Backend | str,
+) -> AttentionPlan:
     resolved = resolve_backend(backend)
-    layout.check_rows("total_rows", total_rows)
+    layout.check_rows(name, total_rows)
     if bias is not None:
         for name, times in (("timestamps", bias.timestamps), ("row_timestamps", bias.row_timestamps)):
             if times is not None and times.numel() != total_rows:
@@ -88,7 +99,7 @@ def hstu_attention(
     """
     _check_qkv(q, k, v)
     if plan is None:
-        plan = plan_attention(layout, mask, bias=bias, total_rows=q.shape[0], backend=backend)
+        plan = _plan("q", layout, mask, bias, q.shape[0], backend)
     else:
         _check_plan(plan, layout, mask, bias, q.shape[0], backend)
     _check_bias(bias, q)
@@ -131,6 +142,11 @@ def hstu_target_attention(
     resolved = resolve_backend(backend)
     layout.check_rows("q", q.shape[0])
     cache.layout.check_rows("cache.k", cache.k.shape[0])
+    if cache.v.shape[0] != cache.k.shape[0]:
+        raise ValueError(f"cache.v: expected {cache.k.shape[0]} rows as cache.k, got {cache.v.shape[0]}")
+    for name, cached in (("cache.k", cache.k), ("cache.v", cache.v)):
+        if cached.dtype != q.dtype or cached.device != q.device:
+            raise TypeError(f"{name}: expected {q.dtype} on {q.device} as q, got {cached.dtype} on {cached.device}")
     if cache.layout.batch_size != layout.batch_size:
         raise ValueError(f"cache: expected {layout.batch_size} sequences as layout, got {cache.layout.batch_size}")
     if layout.num_targets is not None or cache.layout.num_targets is not None:
@@ -167,9 +183,8 @@ def _check_plan(
     if plan.layout is not layout or plan.mask != mask:
         raise ValueError("plan: made for another layout or mask; call plan_attention() for this batch")
     timestamps, row_timestamps, num_buckets = _times(bias)
-    if num_buckets and (
-        plan.times[0] is not timestamps or plan.times[1] is not row_timestamps or plan.times[2] != num_buckets
-    ):
+    same_times = plan.times[0] is timestamps and plan.times[1] is row_timestamps and plan.times[2] == num_buckets
+    if bias is not None and bias.time_table is not None and not same_times:
         raise ValueError("plan: made for other timestamps or another number of buckets; plan with the same bias")
 
 

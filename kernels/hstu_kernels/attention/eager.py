@@ -30,12 +30,15 @@ class _Block:
     row_positions: Tensor  # [G or 1, r, 1]
     key_positions: Tensor  # [G or 1, 1, c]
     buckets: Tensor | None  # [G, r, c] int64
+    buckets_by_key: Tensor | None  # [G, c, r] int64, the same for the backward on a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
     index: Tensor  # [G, n] rows of the flat tensors; padding repeats the sequence's first row
     valid: Tensor | None  # [G, n] bool, None when nothing is padded
+    rows: Tensor  # [rows of the group] rows of the flat tensors
+    slots: Tensor | None  # [rows of the group] where they stand in the flattened [G * n]; None when nothing is padded
     blocks: tuple[_Block, ...]
 
 
@@ -69,7 +72,10 @@ def plan_eager(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | N
     if bias is not None and bias.time_table is not None:
         assert bias.timestamps is not None
         row_times = bias.row_timestamps
-        times = (row_times if row_times is not None else next_event_timestamps(bias.timestamps, layout), bias.timestamps)
+        times = (
+            row_times if row_times is not None else next_event_timestamps(bias.timestamps, layout),
+            bias.timestamps,
+        )
     groups = []
     for members in _cut(sequences, tuning):
         groups.append(_plan_group(members, layout, mask, times, num_buckets, tuning.row_block))
@@ -112,19 +118,16 @@ def _plan_group(
     # Without targets and tail the mask is the same for all sequences; padding rows are cut off later.
     uniform = layout.num_targets is None and mask.full_attn_tail_len == 0 and not mask.contextual_sees_history
     ends = torch.tensor(longest, device=device) if uniform else histories[:, None, None]
-    shortest_history = min(m[2] for m in members)
-    longest_history = max(m[2] for m in members)
+    history_ends = {m[2] for m in members}
     positions = rows[None, :] if layout.num_targets is None else torch.minimum(rows, histories[:, None])
     bounds = bucket_boundaries(num_buckets, device) if times is not None else None
 
     blocks = []
     for begin in range(0, longest, row_block):
         end = min(begin + row_block, longest)
-        # The two extremes of the history end bound what any sequence of the group may see.
-        low = mask.key_range(begin, end, longest, shortest_history, layout.contextual_seq_len)
-        high = mask.key_range(begin, end, longest, longest_history, layout.contextual_seq_len)
-        prefix_end, key_begin = max(low.prefix_end, high.prefix_end), min(low.begin, high.begin)
-        key_end = max(low.end, high.end)
+        ranges = [mask.key_range(begin, end, longest, h, layout.contextual_seq_len) for h in history_ends]
+        prefix_end = max(r.prefix_end for r in ranges)
+        key_begin, key_end = min(r.begin for r in ranges), max(r.end for r in ranges)
         if prefix_end == 0 or prefix_end >= key_begin:
             first = 0 if prefix_end else key_begin
             cols: slice | Tensor = slice(first, key_end)
@@ -140,10 +143,14 @@ def _plan_group(
         if times is not None and bounds is not None:
             row_times, key_times = times[0][index[:, begin:end]], times[1][index[:, cols]]
             buckets = time_buckets(row_times[:, :, None], key_times[:, None, :], bounds).long()
+        by_key = None if buckets is None or device.type == "cpu" else buckets.transpose(1, 2).contiguous()
         blocks.append(
-            _Block(begin, end, cols, hidden, positions[:, begin:end, None], positions[:, None, cols], buckets)
+            _Block(begin, end, cols, hidden, positions[:, begin:end, None], positions[:, None, cols], buckets, by_key)
         )
-    return _Group(index, valid, tuple(blocks))
+    # Flat indices here once: a boolean index in a layer would make the host wait for the device.
+    slots = None if valid is None else valid.view(-1).nonzero().squeeze(1)
+    group_rows = index.view(-1) if slots is None else index.view(-1)[slots]
+    return _Group(index, valid, group_rows, slots, tuple(blocks))
 
 
 def _block_bias(block: _Block, pos_table: Tensor | None, time_table: Tensor | None, like: Tensor) -> Tensor | None:
@@ -158,7 +165,9 @@ def _block_bias(block: _Block, pos_table: Tensor | None, time_table: Tensor | No
     if block.hidden is not None:
         floor = torch.finfo(like.dtype).min / 4
         if added is None:
-            added = torch.zeros(block.hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(block.hidden, floor)
+            added = torch.zeros(block.hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                block.hidden, floor
+            )
         elif added.shape[0] >= block.hidden.shape[0]:
             added = added.masked_fill_(block.hidden, floor)
         else:
@@ -166,14 +175,18 @@ def _block_bias(block: _Block, pos_table: Tensor | None, time_table: Tensor | No
     return added
 
 
-def _logits(q: Tensor, k: Tensor, added: Tensor | None, heads: int) -> Tensor:
-    """``[G * H, r, c]`` from ``q [G * H, r, D]`` (alpha included), ``k [G * H, c, D]`` and ``added [G or 1, r, c]``."""
-    if added is None:
-        return torch.bmm(q, k.transpose(1, 2))
-    if heads == 1:
-        return torch.baddbmm(added, q, k.transpose(1, 2))
-    logits = torch.bmm(q, k.transpose(1, 2))
-    logits.view(-1, heads, *logits.shape[1:]).add_(added[:, None])
+def _scaled_bmm(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """``factor * (left @ right)``; the factor meets the unrounded sums, not a rounded operand."""
+    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=factor)
+
+
+def _logits(q: Tensor, k: Tensor, added: Tensor | None, heads: int, alpha: float) -> Tensor:
+    """``[G * H, r, c]`` from ``q [G * H, r, D]``, ``k [G * H, c, D]`` and ``added [G or 1, r, c]``."""
+    if added is not None and heads == 1:
+        return torch.baddbmm(added, q, k.transpose(1, 2), alpha=alpha)
+    logits = _scaled_bmm(q, k.transpose(1, 2), alpha)
+    if added is not None:
+        logits.view(-1, heads, *logits.shape[1:]).add_(added[:, None])
     return logits
 
 
@@ -189,11 +202,8 @@ def _padded(x: Tensor, group: _Group) -> Tensor:
 def _scatter(out: Tensor, padded: Tensor, group: _Group) -> None:
     """Write ``[G * H, n, D]`` back to the rows of ``out [L, H, D]``, without the padding."""
     heads = out.shape[1]
-    rows = padded.view(group.index.shape[0], heads, *padded.shape[1:]).transpose(1, 2)
-    if group.valid is None:
-        out[group.index] = rows
-    else:
-        out[group.index[group.valid]] = rows[group.valid]
+    rows = padded.view(group.index.shape[0], heads, *padded.shape[1:]).transpose(1, 2).reshape(-1, *out.shape[1:])
+    out.index_copy_(0, group.rows, rows if group.slots is None else rows[group.slots])
 
 
 class _EagerAttention(torch.autograd.Function):
@@ -212,27 +222,27 @@ class _EagerAttention(torch.autograd.Function):
         heads = q.shape[1]
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         for group in plan.groups:
-            gq, gk, gv = _padded(q, group) * alpha, _padded(k, group), _padded(v, group) * scale
+            gq, gk, gv = _padded(q, group), _padded(k, group), _padded(v, group)
             parts = []
             for block in group.blocks:
                 added = _block_bias(block, pos_table, time_table, q)
-                weights = _logits(gq[:, block.row_begin : block.row_end], gk[:, block.cols], added, heads)
-                parts.append(torch.bmm(F.silu(weights, inplace=True), gv[:, block.cols]))
+                weights = _logits(gq[:, block.row_begin : block.row_end], gk[:, block.cols], added, heads, alpha)
+                parts.append(_scaled_bmm(F.silu(weights, inplace=True), gv[:, block.cols], scale))
             _scatter(out, torch.cat(parts, 1) if len(parts) > 1 else parts[0], group)
         ctx.save_for_backward(q, k, v, pos_table, time_table)
         ctx.plan, ctx.alpha, ctx.scale = plan, alpha, scale
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, pos_table, time_table = ctx.saved_tensors
+        alpha, scale = ctx.alpha, ctx.scale
         heads = q.shape[1]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dpos = torch.zeros_like(pos_table, dtype=torch.float64) if pos_table is not None else None
         dtime = torch.zeros_like(time_table, dtype=torch.float64) if time_table is not None else None
         for group in ctx.plan.groups:
-            gq, gk, gv = _padded(q, group) * ctx.alpha, _padded(k, group), _padded(v, group)
-            gout = _padded(grad, group) * ctx.scale
+            gq, gk, gv, gout = (_padded(x, group) for x in (q, k, v, grad))
             if group.valid is not None:
                 # Padding rows repeat a real row; without a gradient they reach no key.
                 gout.view(-1, heads, *gout.shape[1:]).mul_(group.valid[:, None, :, None])
@@ -241,36 +251,36 @@ class _EagerAttention(torch.autograd.Function):
                 rows = slice(block.row_begin, block.row_end)
                 added = _block_bias(block, pos_table, time_table, q)
                 block_q, block_k, block_out = gq[:, rows], gk[:, block.cols], gout[:, rows]
-                logits = _logits(block_q, block_k, added, heads)
+                logits = _logits(block_q, block_k, added, heads, alpha)
                 slope = torch.bmm(block_out, gv[:, block.cols].transpose(1, 2))
                 slope = torch.ops.aten.silu_backward(slope, logits)
                 weights = F.silu(logits, inplace=True)
-                _accumulate(gdv, block.cols, weights.transpose(1, 2), block_out)
-                _accumulate(gdk, block.cols, slope.transpose(1, 2), block_q)
-                gdq[:, rows] = torch.bmm(slope, block_k)
+                _accumulate(gdv, block.cols, weights.transpose(1, 2), block_out, scale)
+                _accumulate(gdk, block.cols, slope.transpose(1, 2), block_q, alpha * scale)
+                gdq[:, rows] = _scaled_bmm(slope, block_k, alpha * scale)
                 if dpos is not None or dtime is not None:
                     shared = slope if heads == 1 else slope.view(-1, heads, *slope.shape[1:]).sum(1)
                     _bias_gradients(shared, block, pos_table, dpos, dtime)
-            _scatter(dq, gdq * ctx.alpha, group)
+            _scatter(dq, gdq, group)
             _scatter(dk, gdk, group)
             _scatter(dv, gdv, group)
         return (
             dq,
             dk,
             dv,
-            None if dpos is None else dpos.to(pos_table.dtype),
-            None if dtime is None else dtime.to(time_table.dtype),
+            None if dpos is None else dpos.mul_(scale).to(pos_table.dtype),
+            None if dtime is None else dtime.mul_(scale).to(time_table.dtype),
             None,
             None,
             None,
         )
 
 
-def _accumulate(out: Tensor, cols: slice | Tensor, left: Tensor, right: Tensor) -> None:
+def _accumulate(out: Tensor, cols: slice | Tensor, left: Tensor, right: Tensor, factor: float) -> None:
     if isinstance(cols, slice):
-        out[:, cols].baddbmm_(left, right)
+        out[:, cols].baddbmm_(left, right, alpha=factor)
     else:
-        out.index_add_(1, cols, torch.bmm(left, right))
+        out.index_add_(1, cols, torch.bmm(left, right), alpha=factor)
 
 
 def _bias_gradients(
@@ -282,11 +292,18 @@ def _bias_gradients(
         by_place = slope.sum(0, keepdim=True) if index.shape[0] == 1 else slope
         dpos.index_add_(0, index.reshape(-1), by_place.reshape(-1).double())
     if dtime is not None and block.buckets is not None:
-        # One row of bins for each row of logits: no two threads meet in a bin, and the sums stay short.
-        width = slope.shape[2]
-        bins = slope.new_zeros(slope.numel() // max(1, width), dtime.numel())
-        bins.scatter_add_(1, block.buckets.view(-1, width), slope.reshape(-1, width))
-        dtime += bins.sum(0, dtype=torch.float64)
+        # Bins of their own for each row of logits: threads seldom meet in a bin, and the sums stay short.
+        # Half precision is too coarse even for these.
+        slope = slope.to(torch.promote_types(slope.dtype, torch.float32))
+        if block.buckets_by_key is not None:
+            # Neighbouring threads take neighbouring rows; along the keys they would hit the same bin.
+            bins = slope.new_zeros(slope.shape[0], dtime.numel(), slope.shape[1])
+            bins.scatter_add_(1, block.buckets_by_key, slope.transpose(1, 2).contiguous())
+            dtime += bins.sum((0, 2), dtype=torch.float64)
+        else:
+            bins = slope.new_zeros(*slope.shape[:2], dtime.numel())
+            bins.scatter_add_(2, block.buckets, slope)
+            dtime += bins.sum((0, 1), dtype=torch.float64)
 
 
 def eager_attention(

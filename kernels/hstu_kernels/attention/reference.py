@@ -40,7 +40,7 @@ def reference_attention(
         rows = torch.arange(end - begin, device=q.device)
         visible = mask.visible(rows[:, None], rows[None, :], history_end, layout.contextual_seq_len)
         positions = rows.clamp(max=history_end)
-        rab = 0.0
+        rab: Tensor | float = 0.0
         if bias is not None:
             rab = bias.dense(
                 positions,
@@ -79,7 +79,7 @@ def reference_target_attention(
         rows = history_end + torch.arange(targets, device=q.device)
         cols = torch.arange(history_end + targets, device=q.device)
         visible = mask.visible(rows[:, None], cols[None, :], history_end, cache.layout.contextual_seq_len)
-        rab = 0.0
+        rab: Tensor | float = 0.0
         if bias is not None:
             times = bias.row_timestamps
             key_times = None

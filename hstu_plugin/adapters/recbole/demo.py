@@ -1,0 +1,90 @@
+"""``hstu-recbole demo``: the whole of it on MovieLens-100K, which RecBole brings along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hstu_plugin.adapters.recbole import launch, report, settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DATASET = "ml-100k"
+
+
+def demo(
+    console: Console,
+    *,
+    epochs: int | None = None,
+    user: str = "1",
+    topk: int = 10,
+    output_dir: Path | None = None,
+    progress: bool = True,
+    verbose: bool = False,
+) -> launch.Finished:
+    """Train HSTU, show its metrics beside recorded ones of other models, and recommend films to one user.
+
+    Raises:
+        UnknownUserError: after the training, when the data set has no such user.
+    """
+    from hstu_plugin.adapters.recbole.recommend import item_texts, recommend, recommendation_tables
+
+    request = launch.Request(
+        model="HSTU",
+        dataset=DATASET,
+        output_dir=output_dir or launch.new_output_dir(DATASET, "HSTU"),
+        recipes=(settings.recipe_path(DATASET),),
+        chosen={} if epochs is None else {"epochs": epochs},
+        progress=progress,
+        verbose=verbose,
+    )
+    console.print(f"Training HSTU on MovieLens-100K ({_device()}); every test item is ranked among all films.")
+    done = launch.execute(request)
+    record = done.record
+    console.print()
+    console.print(report.comparison_table(beside_recorded(record), highlight=record["label"]))
+    if settings.recorded_results(DATASET) is None:
+        console.print("No recorded results of other models here; `hstu-recbole compare --dataset ml-100k` makes them.")
+    passes = f", {record['seconds_per_pass']:.2f} s a pass over the data" if record["seconds_per_pass"] else ""
+    console.print(
+        f"{record['epochs']} epochs in {record['train_seconds']:.0f} s{passes}.", highlight=False, soft_wrap=True
+    )
+    answer = recommend(done.result, user, topk)
+    for table in recommendation_tables(answer, item_texts(done.result.dataset)):
+        console.print(table)
+    console.print(
+        f"Files: {done.output_dir}/ ({launch.RECORD}, {launch.CURVE}, {launch.CHECKPOINTS}/)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return done
+
+
+def beside_recorded(record: report.Record) -> report.Record:
+    """A comparison of this run with the recorded models; the recorded HSTU stays out, as this run is its newer self."""
+    mine = report.compare_records([record])
+    path = settings.recorded_results(record["dataset"])
+    if path is None:
+        return mine
+    recorded = report.read_json(path, report.COMPARISON_FORMAT)
+    own = mine["models"][record["label"]]
+    # Only metrics that all sides have can stand in one table.
+    others = {label: group for label, group in recorded["models"].items() if group["model"] != record["model"]}
+    common = [m for m in own["test"]["mean"] if all(m in group["test"]["mean"] for group in others.values())]
+    models = {f"{label} (recorded)": _only(group, common) for label, group in others.items()}
+    return {**mine, "models": {record["label"]: _only(own, common), **models}}
+
+
+def _only(group: Any, metrics: list[str]) -> dict[str, Any]:
+    return {**group, "test": {part: {m: values[m] for m in metrics} for part, values in group["test"].items()}}
+
+
+def _device() -> str:
+    import torch
+
+    return (
+        f"on {torch.cuda.get_device_name(0)}"
+        if torch.cuda.is_available()
+        else f"on {torch.get_num_threads()} CPU cores"
+    )
