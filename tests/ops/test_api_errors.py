@@ -140,12 +140,12 @@ WRONG_PLANS = {
 
 @pytest.mark.parametrize(("plan", "changed"), WRONG_PLANS.values(), ids=WRONG_PLANS.keys())
 def test_a_plan_of_another_batch_is_refused(plan: Any, changed: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="^plan: "):
+    with pytest.raises(ValueError, match=r"^plan: "):
         attend(plan=plan, **changed)
 
 
 def test_plan_refuses_rows_that_the_layout_does_not_cover() -> None:
-    with pytest.raises(ValueError, match="^total_rows: expected 5 rows"):
+    with pytest.raises(ValueError, match=r"^total_rows: expected 5 rows"):
         plan_attention(LAYOUT, AttentionMask(), total_rows=6)
 
 

@@ -1,4 +1,4 @@
-"""hstu_attention: the oracle against plain loops, every backend against the oracle, and the invariants of the operator."""
+"""hstu_attention: the oracle against plain loops, every backend against the oracle, and the operator's invariants."""
 
 from __future__ import annotations
 

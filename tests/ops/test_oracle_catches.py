@@ -191,7 +191,7 @@ def test_the_unbroken_kernel_passes(dtype: torch.dtype) -> None:
 @any_dtype
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 def test_the_broken_kernel_fails(mutant: dict[str, Any], dtype: torch.dtype) -> None:
-    with pytest.raises(AssertionError, match="error|off by"):
+    with pytest.raises(AssertionError, match=r"error|off by"):
         judge(Kernel(**mutant), dtype)
 
 

@@ -30,9 +30,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 # What pandas reads as a missing value, and RecBole reads with pandas.
 _MISSING = frozenset(
-    ["#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
-     "NaN", "None", "n/a", "nan", "null"]
-)  # fmt: skip
+    "#N/A,#N/A N/A,#NA,-1.#IND,-1.#QNAN,-NaN,-nan,1.#IND,1.#QNAN,<NA>,N/A,NA,NULL,NaN,None,n/a,nan,null".split(",")  # noqa: SIM905
+)
 
 
 class DataError(ValueError):
@@ -162,8 +161,8 @@ def load(
     frame = read_table(path, separator=separator)
     columns = [str(c) for c in frame.columns]
     frame = frame.set_axis(columns, axis=1)
-    names = {role: find_column(columns, role, name, path) for role, name in
-             (("user", user), ("item", item), ("time", time))}  # fmt: skip
+    wanted = {"user": user, "item": item, "time": time}
+    names = {role: find_column(columns, role, name, path) for role, name in wanted.items()}
     rating_name = find_column(columns, "rating", rating, path) if with_rating else None
     # Text files have a header line; rows of others are counted from 1.
     where = _Where(path, "line", 2) if path.suffix not in (".parquet", ".pq") else _Where(path, "row", 1)

@@ -93,8 +93,8 @@ def train(words: Sequence[str], seeds: tuple[int, ...] | None, nproc: int, **opt
     """
     if nproc > 1:
         raise click.UsageError(
-            "--nproc: this command trains in one process. Several processes of RecBole on one host each rank a part of the "
-            "users and do not agree on the result; to use several GPUs, start one command for each with --gpu_id=0, 1, ..."
+            "--nproc: this command trains in one process: RecBole's metrics are wrong when several share the users. "
+            "To keep several GPUs busy, start one command for each, with --gpu_id=0, --gpu_id=1, ..."
         )
     console = _console()
     with _readable_errors():
@@ -207,7 +207,8 @@ def recipes() -> None:
 @click.argument("files", type=_PATH, nargs=-1, required=True, metavar="FILE...")
 @click.option("--markdown", is_flag=True, help="Print a table for a README.")
 @click.option("--curve", type=_PATH, help="Draw the learning curves of all runs into this PNG.")
-def report(files: Sequence[Path], markdown: bool, curve: Path | None) -> None:
+@click.option("--record", type=_PATH, help="Write the comparison of all runs to this JSON file.")
+def report(files: Sequence[Path], markdown: bool, curve: Path | None, record: Path | None) -> None:
     """Show recorded runs (result.json) side by side, or a recorded comparison."""
     with _readable_errors():
         from hstu_plugin.adapters.recbole import curves
@@ -219,6 +220,10 @@ def report(files: Sequence[Path], markdown: bool, curve: Path | None) -> None:
         if curve and not runs:
             raise click.UsageError("--curve: none of the files is a run; comparisons hold no epochs")
         console = _console()
+        if record:
+            if not runs:
+                raise click.UsageError("--record: none of the files is a run")
+            reports.write_json(record, reports.compare_records(runs))
         if len(runs) == 1 and not markdown:
             console.print(reports.metrics_table(runs[0]))
         elif runs:

@@ -194,7 +194,8 @@ def _finished(request: launch.Request, *, force: bool) -> report.Record | None:
         return found
     keys = sorted(k for k in asked.keys() | found["user_config"].keys() if asked.get(k) != found["user_config"].get(k))
     raise settings.SettingsError(
-        f"{path}: was finished with other settings ({', '.join(keys)}); repeat it with --force or choose another --output-dir"
+        f"{path}: was finished with other settings ({', '.join(keys)}); repeat it with --force, or choose another "
+        "--output-dir"
     )
 
 

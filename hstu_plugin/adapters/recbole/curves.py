@@ -36,9 +36,14 @@ def learning_curve(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
         _draw(axes[0], *_points(record, "train_loss"), colour, _name(record, records))
         if validated:
             epochs, scores = _points(record, "valid_score")
-            _draw(axes[1], epochs, scores, colour, _name(record, records))
-            _mark_best(axes[1], record, dict(zip(epochs, scores, strict=True)), colour)
-    axes[0].set_title("Training loss", loc="left", fontsize=11)
+            best = int(record["best_epoch"]) + 1 if record.get("best_epoch") is not None else 0
+            top = dict(zip(epochs, scores, strict=True)).get(best)
+            name = _name(record, records)
+            _draw(axes[1], epochs, scores, colour, name if top is None else f"{name}: {top:.4f}")
+            if top is not None:
+                _mark_best(axes[1], best, top, colour, text=len(records) == 1)
+    # RecBole's figure: the batches' mean losses, added up.
+    axes[0].set_title("Training loss, sum over batches", loc="left", fontsize=11)
     if validated:
         axes[1].set_title(f"Validation {metric_name(records[0]['valid_metric'].lower())}", loc="left", fontsize=11)
     for axis in axes:
@@ -47,7 +52,8 @@ def learning_curve(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     if len(records) > 1:
-        axes[0].legend(frameon=False, fontsize=9)
+        # Of several runs the numbers would lie over each other: they go into the legend.
+        axes[-1].legend(frameon=False, fontsize=9, loc="lower right" if validated else "upper right")
     figure.suptitle(_heading(records), fontsize=12, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
@@ -59,15 +65,13 @@ def _draw(axis: Any, epochs: list[int], values: list[float], colour: str, name: 
     axis.plot(epochs, values, color=colour, linewidth=1.8, label=name, marker="o" if len(epochs) < 3 else None)
 
 
-def _mark_best(axis: Any, record: Mapping[str, Any], scores: Mapping[int, float], colour: str) -> None:
-    best = record.get("best_epoch")
-    if best is None or best + 1 not in scores:
+def _mark_best(axis: Any, epoch: int, value: float, colour: str, *, text: bool) -> None:
+    axis.plot([epoch], [value], marker="o", markersize=7, color=colour, markeredgecolor="white", zorder=5)
+    if not text:
         return
-    value = scores[best + 1]
-    axis.plot([best + 1], [value], marker="o", markersize=7, color=colour, markeredgecolor="white", zorder=5)
     axis.annotate(
         f"{value:.4f}",
-        (best + 1, value),
+        (epoch, value),
         xytext=(0, 7),
         textcoords="offset points",
         ha="center",

@@ -36,8 +36,8 @@ def main() -> None:
 def to_atomic(source: Path, name: str | None, out: Path, drop_duplicates: bool, force: bool, **options: Any) -> None:
     """Turn a table with user, item and time columns into dataset/NAME/NAME.inter.
 
-    Columns may carry RecBole's types (user_id:token) or not. Rows are written user by user in order of time; rows of the
-    same time keep the order of the input. Text times must be numbers; Parquet may also hold date-times.
+    Columns may carry RecBole's types (user_id:token) or not. Rows are written user by user in order of time; rows
+    of the same time keep the order of the input. Text times must be numbers; Parquet may also hold date-times.
     """
     from hstu_plugin.adapters.recbole import atomic
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from hstu_kernels import AttentionMask
+from hstu_plugin.adapters.recbole.schedule import LearningRateSchedule
 from hstu_plugin.config import HSTUConfig, LossType, RetrievalConfig
 
 C = TypeVar("C")
@@ -103,11 +104,15 @@ class RunOptions:
         filter_seen_items: never rank an item of the input window (the published ML-1M protocol).
         checkpoint_every: epochs between two writes of the checkpoint from which a killed run goes on.
         adam_betas: of the learners adam and adamw; PyTorch's own where ``None``.
+        lr_schedule: course of ``learning_rate`` over ``epochs``: ``constant``, or ``cosine`` down to zero.
+        warmup_steps: optimiser steps over which the rate first rises linearly.
     """
 
     filter_seen_items: bool = False
     checkpoint_every: int = 1
     adam_betas: tuple[float, float] | None = None
+    lr_schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
+    warmup_steps: int = 0
 
 
 def default_values() -> dict[str, Any]:
@@ -171,6 +176,15 @@ def run_options(values: Mapping[str, Any]) -> RunOptions:
         if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"adam_betas: expected two numbers in [0, 1), got {betas!r}")
         chosen["adam_betas"] = (float(betas[0]), float(betas[1]))
+    try:
+        chosen["lr_schedule"] = LearningRateSchedule(options.lr_schedule)
+    except ValueError:
+        raise ValueError(
+            f"lr_schedule: expected one of {', '.join(LearningRateSchedule)}, got {options.lr_schedule!r}"
+        ) from None
+    warmup = options.warmup_steps
+    if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
+        raise ValueError(f"warmup_steps: expected an int >= 0, got {warmup!r}")
     return RunOptions(**chosen)
 
 

@@ -31,8 +31,17 @@ FORMAT_VERSION = 1
 
 Record = dict[str, Any]
 # Keys that say how runs were split and ranked; runs are compared only where all of them agree.
-PROTOCOL_KEYS = ("eval_args", "metrics", "topk", "valid_metric", "stopping_step", "user_inter_num_interval",
-                 "item_inter_num_interval", "val_interval", "rm_dup_inter")  # fmt: skip
+PROTOCOL_KEYS = (
+    "eval_args",
+    "metrics",
+    "topk",
+    "valid_metric",
+    "stopping_step",
+    "user_inter_num_interval",
+    "item_inter_num_interval",
+    "val_interval",
+    "rm_dup_inter",
+)
 
 
 class RunLike(Protocol):
@@ -63,7 +72,7 @@ class ReportError(ValueError):
 
 
 def plain(value: Any) -> Any:
-    """``value`` in JSON types: containers become lists and dicts, numbers that JSON lacks become None, the rest text."""
+    """``value`` in JSON types: containers as lists and dicts, numbers that JSON lacks as None, the rest as text."""
     if value is None or (isinstance(value, bool | int | str) and not isinstance(value, Enum)):
         return value
     if isinstance(value, Enum):
@@ -241,7 +250,7 @@ def config_table(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     Args:
         layers: a name and its settings, the strongest first.
     """
-    table = Table(title="Settings", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="Settings", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, min_width=50)
     table.add_column("setting")
     table.add_column("value", overflow="fold")
     table.add_column("set by", style="dim")
@@ -256,7 +265,7 @@ def config_table(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 def metrics_table(record: Mapping[str, Any]) -> Table:
     """Validation and test metrics of one run."""
     title = f"{record['label']} on {record['dataset']}, full ranking, seed {record['seed']}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, min_width=50)
     table.add_column("metric")
     if record["valid"]:
         table.add_column("valid", justify="right")
@@ -290,7 +299,7 @@ def comparison_table(comparison: Mapping[str, Any], *, highlight: str | None = N
     shown = [n for n in _shown_metrics(comparison["models"]) if n.partition("@")[2] == cutoff]
     header, rows = comparison_rows(comparison, shown)
     title = f"{comparison['dataset']}: test metrics, full ranking"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, min_width=50)
     for name in header:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in rows:
@@ -315,7 +324,8 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     )
     lines += [
         "",
-        f"Protocol: split {args.get('split')}, order {args.get('order')}, {args.get('mode')} ranking. {device}; {known}.",
+        f"Protocol: split {args.get('split')}, order {args.get('order')}, {args.get('mode')} ranking. "
+        f"{device}; {known}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -19,11 +19,7 @@ class SettingsError(ValueError):
 
 def recipes() -> dict[str, Path]:
     """The package's data set recipes, by name."""
-    return {
-        path.stem: path
-        for path in sorted(_package().glob("*.yaml"))
-        if path.stem not in _MODEL_FILES
-    }  # fmt: skip
+    return {path.stem: path for path in sorted(_package().glob("*.yaml")) if path.stem not in _MODEL_FILES}
 
 
 def recipe_path(name: str) -> Path:

@@ -24,6 +24,7 @@ from hstu_plugin.adapters.recbole.checkpoint import (
 )
 from hstu_plugin.adapters.recbole.options import run_options
 from hstu_plugin.adapters.recbole.register import refuse_multi_gpu
+from hstu_plugin.adapters.recbole.schedule import LearningRateSchedule, follow_schedule
 
 EpochRecord = dict[str, Any]
 
@@ -199,7 +200,29 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
 
 
 class HSTUTrainer(SafeTrainer):
-    """RecBole's trainer for our models."""
+    """RecBole's trainer for our models: with their schedule of the learning rate and their betas."""
+
+    def fit(
+        self,
+        train_data: Any,
+        valid_data: Any = None,
+        verbose: bool = True,
+        saved: bool = True,
+        show_progress: bool = False,
+        callback_fn: Any = None,
+    ) -> tuple[float, Any]:
+        """As `SafeTrainer.fit`."""
+        options = run_options(self.config.final_config_dict)
+        if options.warmup_steps or options.lr_schedule is not LearningRateSchedule.CONSTANT:
+            follow_schedule(
+                self.optimizer,
+                options.lr_schedule,
+                learning_rate=self.learning_rate,
+                warmup_steps=options.warmup_steps,
+                first_step=self.start_epoch * len(train_data),
+                total_steps=self.epochs * len(train_data),
+            )
+        return super().fit(train_data, valid_data, verbose, saved, show_progress, callback_fn)
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super()._build_optimizer(**kwargs)

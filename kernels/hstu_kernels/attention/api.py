@@ -21,7 +21,7 @@ class AttentionPlan:
     backend: Backend
     layout: JaggedLayout
     mask: AttentionMask
-    times: tuple[Tensor | None, Tensor | None, int]
+    bias_shape: tuple[Tensor | None, Tensor | None, int, int]
     state: EagerPlan | None
 
 
@@ -37,7 +37,7 @@ def plan_attention(
 
     Args:
         layout, mask: geometry and structure shared by the calls.
-        bias: any bias with the timestamps and the number of buckets that the calls will use; its weights are not read.
+        bias: any bias with the timestamps and the table sizes that the calls will use; its weights are not read.
         total_rows: ``L`` of the tensors to come.
         backend: as in `hstu_attention`.
 
@@ -63,7 +63,7 @@ def _plan(
             if times is not None and times.numel() != total_rows:
                 raise ValueError(f"bias.{name}: expected one entry for each of {total_rows} rows, got {times.numel()}")
     state = plan_eager(layout, mask, bias) if resolved is Backend.EAGER else None
-    return AttentionPlan(resolved, layout, mask, _times(bias), state)
+    return AttentionPlan(resolved, layout, mask, _bias_shape(bias), state)
 
 
 def hstu_attention(
@@ -166,8 +166,17 @@ def hstu_target_attention(
     return call(q, k, v, cache, layout, mask, alpha=alpha, scale=scale, bias=bias)
 
 
-def _times(bias: RelativeBias | None) -> tuple[Tensor | None, Tensor | None, int]:
-    return (None, None, 0) if bias is None else (bias.timestamps, bias.row_timestamps, bias.num_buckets)
+def _bias_shape(bias: RelativeBias | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """What a plan depends on: key times, row times, and entries of the two tables."""
+    if bias is None:
+        return None, None, 0, 0
+    timed = bias.time_table is not None
+    return (
+        bias.timestamps if timed else None,
+        bias.row_timestamps if timed else None,
+        0 if bias.time_table is None else bias.time_table.numel(),
+        0 if bias.pos_table is None else bias.pos_table.numel(),
+    )
 
 
 def _check_plan(
@@ -182,10 +191,10 @@ def _check_plan(
         raise ValueError(f"plan: expected one made for backend {backend}, got {plan.backend}")
     if plan.layout is not layout or plan.mask != mask:
         raise ValueError("plan: made for another layout or mask; call plan_attention() for this batch")
-    timestamps, row_timestamps, num_buckets = _times(bias)
-    same_times = plan.times[0] is timestamps and plan.times[1] is row_timestamps and plan.times[2] == num_buckets
-    if bias is not None and bias.time_table is not None and not same_times:
-        raise ValueError("plan: made for other timestamps or another number of buckets; plan with the same bias")
+    made, now = plan.bias_shape, _bias_shape(bias)
+    # Times are compared by identity: the same tensors, not equal numbers.
+    if made[0] is not now[0] or made[1] is not now[1] or made[2:] != now[2:]:
+        raise ValueError("plan: made for other timestamps or tables of other sizes; plan with the same bias")
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -27,8 +27,7 @@ class _Block:
     row_end: int
     cols: slice | Tensor  # a run of keys, or the indices of prefix and window
     hidden: Tensor | None  # [G or 1, r, c] bool, True where not visible; None where all is visible
-    row_positions: Tensor  # [G or 1, r, 1]
-    key_positions: Tensor  # [G or 1, 1, c]
+    places: Tensor | None  # [G or 1, r, c] int64 into the position table
     buckets: Tensor | None  # [G, r, c] int64
     buckets_by_key: Tensor | None  # [G, c, r] int64, the same for the backward on a GPU
 
@@ -47,7 +46,6 @@ class EagerPlan:
     """Everything about a batch that does not depend on a layer's weights."""
 
     groups: tuple[_Group, ...]
-    num_buckets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +57,7 @@ class _Tuning:
 
 # Measured on two CPU cores and on one H100: see docs/performance-notes.md, "Eager attention".
 _CPU = _Tuning(row_block=128, padding_share=0.15, group_rows=2048)
+_SHARED_BINS = 4096
 _GPU = _Tuning(row_block=1024, padding_share=1.0, group_rows=1 << 17)
 
 
@@ -67,7 +66,6 @@ def plan_eager(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | N
     tuning = _CPU if layout.device.type == "cpu" else _GPU
     facts = torch.stack([layout.seq_offsets[:-1], layout.seq_lengths, layout.history_lengths]).tolist()
     sequences = sorted((s for s in zip(*facts, strict=True) if s[1] > 0), key=lambda s: (-s[1], s[0]))
-    num_buckets = 0 if bias is None else bias.num_buckets
     times = None
     if bias is not None and bias.time_table is not None:
         assert bias.timestamps is not None
@@ -78,8 +76,8 @@ def plan_eager(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | N
         )
     groups = []
     for members in _cut(sequences, tuning):
-        groups.append(_plan_group(members, layout, mask, times, num_buckets, tuning.row_block))
-    return EagerPlan(tuple(groups), num_buckets)
+        groups.append(_plan_group(members, layout, mask, times, bias, tuning.row_block))
+    return EagerPlan(tuple(groups))
 
 
 def _cut(sequences: list[tuple[int, int, int]], tuning: _Tuning) -> list[list[tuple[int, int, int]]]:
@@ -104,7 +102,7 @@ def _plan_group(
     layout: JaggedLayout,
     mask: AttentionMask,
     times: tuple[Tensor, Tensor] | None,
-    num_buckets: int,
+    bias: RelativeBias | None,
     row_block: int,
 ) -> _Group:
     device = layout.device
@@ -120,7 +118,8 @@ def _plan_group(
     ends = torch.tensor(longest, device=device) if uniform else histories[:, None, None]
     history_ends = {m[2] for m in members}
     positions = rows[None, :] if layout.num_targets is None else torch.minimum(rows, histories[:, None])
-    bounds = bucket_boundaries(num_buckets, device) if times is not None else None
+    pos_table = None if bias is None else bias.pos_table
+    bounds = bucket_boundaries(bias.num_buckets, device) if bias is not None and times is not None else None
 
     blocks = []
     for begin in range(0, longest, row_block):
@@ -143,10 +142,11 @@ def _plan_group(
         if times is not None and bounds is not None:
             row_times, key_times = times[0][index[:, begin:end]], times[1][index[:, cols]]
             buckets = time_buckets(row_times[:, :, None], key_times[:, None, :], bounds).long()
+        places = None
+        if pos_table is not None:
+            places = position_index(positions[:, begin:end, None], positions[:, None, cols], pos_table)
         by_key = None if buckets is None or device.type == "cpu" else buckets.transpose(1, 2).contiguous()
-        blocks.append(
-            _Block(begin, end, cols, hidden, positions[:, begin:end, None], positions[:, None, cols], buckets, by_key)
-        )
+        blocks.append(_Block(begin, end, cols, hidden, places, buckets, by_key))
     # Flat indices here once: a boolean index in a layer would make the host wait for the device.
     slots = None if valid is None else valid.view(-1).nonzero().squeeze(1)
     group_rows = index.view(-1) if slots is None else index.view(-1)[slots]
@@ -159,8 +159,8 @@ def _block_bias(block: _Block, pos_table: Tensor | None, time_table: Tensor | No
     if time_table is not None and block.buckets is not None:
         added = time_table.to(like.dtype).index_select(0, block.buckets.view(-1)).view(block.buckets.shape)
     if pos_table is not None:
-        index = position_index(block.row_positions, block.key_positions, pos_table)
-        by_position = pos_table.to(like.dtype)[index]
+        assert block.places is not None
+        by_position = pos_table.to(like.dtype)[block.places]
         added = by_position if added is None else added.add_(by_position)
     if block.hidden is not None:
         floor = torch.finfo(like.dtype).min / 4
@@ -177,6 +177,8 @@ def _block_bias(block: _Block, pos_table: Tensor | None, time_table: Tensor | No
 
 def _scaled_bmm(left: Tensor, right: Tensor, factor: float) -> Tensor:
     """``factor * (left @ right)``; the factor meets the unrounded sums, not a rounded operand."""
+    if factor == 1.0:
+        return torch.bmm(left, right)
     return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=factor)
 
 
@@ -192,18 +194,19 @@ def _logits(q: Tensor, k: Tensor, added: Tensor | None, heads: int, alpha: float
 
 def _padded(x: Tensor, group: _Group) -> Tensor:
     """``[L, H, D] -> [G * H, n, D]``."""
-    heads = x.shape[1]
-    gathered = x[group.index]
+    heads, width = x.shape[1:]
+    # index_select moves whole rows; an index of several dimensions goes element by element on the CPU.
+    gathered = x.reshape(x.shape[0], -1).index_select(0, group.index.view(-1))
     if heads == 1:
-        return gathered.squeeze(2)
-    return gathered.transpose(1, 2).reshape(-1, group.index.shape[1], x.shape[2])
+        return gathered.view(*group.index.shape, width)
+    return gathered.view(*group.index.shape, heads, width).transpose(1, 2).reshape(-1, group.index.shape[1], width)
 
 
 def _scatter(out: Tensor, padded: Tensor, group: _Group) -> None:
     """Write ``[G * H, n, D]`` back to the rows of ``out [L, H, D]``, without the padding."""
     heads = out.shape[1]
     rows = padded.view(group.index.shape[0], heads, *padded.shape[1:]).transpose(1, 2).reshape(-1, *out.shape[1:])
-    out.index_copy_(0, group.rows, rows if group.slots is None else rows[group.slots])
+    out.index_copy_(0, group.rows, rows if group.slots is None else rows.index_select(0, group.slots))
 
 
 class _EagerAttention(torch.autograd.Function):
@@ -288,9 +291,9 @@ def _bias_gradients(
 ) -> None:
     """Add the table gradients of one block; ``slope [G, r, c]`` is already summed over heads."""
     if dpos is not None and pos_table is not None:
-        index = position_index(block.row_positions, block.key_positions, pos_table)
-        by_place = slope.sum(0, keepdim=True) if index.shape[0] == 1 else slope
-        dpos.index_add_(0, index.reshape(-1), by_place.reshape(-1).double())
+        assert block.places is not None
+        by_place = slope.sum(0, keepdim=True) if block.places.shape[0] == 1 else slope
+        dpos.index_add_(0, block.places.reshape(-1), by_place.reshape(-1).double())
     if dtime is not None and block.buckets is not None:
         # Bins of their own for each row of logits: threads seldom meet in a bin, and the sums stay short.
         # Half precision is too coarse even for these.
@@ -301,9 +304,11 @@ def _bias_gradients(
             bins.scatter_add_(1, block.buckets_by_key, slope.transpose(1, 2).contiguous())
             dtime += bins.sum((0, 2), dtype=torch.float64)
         else:
-            bins = slope.new_zeros(*slope.shape[:2], dtime.numel())
-            bins.scatter_add_(2, block.buckets, slope)
-            dtime += bins.sum((0, 1), dtype=torch.float64)
+            # Short rows share the bins of their sequence: the sums stay short, and there are fewer bins than logits.
+            lines = slope.shape[0] if slope[0].numel() <= _SHARED_BINS else slope.shape[0] * slope.shape[1]
+            bins = slope.new_zeros(lines, dtime.numel())
+            bins.scatter_add_(1, block.buckets.view(lines, -1), slope.reshape(lines, -1))
+            dtime += bins.sum(0, dtype=torch.float64)
 
 
 def eager_attention(
