@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +12,8 @@ from hstu_plugin.config import LossType, NegativeSource, RetrievalConfig, Simila
 
 _NORM_EPS = 1e-6
 _SHUT_OUT = -5e4
+# Logits held at once: what fits in a CPU's cache, and what keeps a GPU busy.
+_CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 26
 
 
 def normalise(x: Tensor, similarity: Similarity) -> Tensor:
@@ -45,9 +49,9 @@ def next_item_loss(
     users = normalise(users, config.similarity)
     if config.loss is LossType.FULL_SOFTMAX:
         table = normalise(items, config.similarity)
-        # Dividing the users instead of the logits saves two passes over the largest tensor of the training.
-        logits = (users / config.temperature) @ table[1:].T
-        return F.cross_entropy(logits.float(), positives - 1)
+        scaled = users / config.temperature
+        loss: Tensor = _FullSoftmax.apply(scaled, table[1:], positives - 1)  # type: ignore[no-untyped-call]
+        return loss
 
     positive_items = normalise(items[positives], config.similarity)
     positive_logits = (users * positive_items).sum(-1, keepdim=True) / config.temperature
@@ -76,6 +80,43 @@ def next_item_loss(
     kept = (~collides).to(users.dtype)
     negative = (F.softplus(negative_logits) * kept).sum(1) / kept.sum(1).clamp(min=1)
     return (F.softplus(-positive_logits.squeeze(1)) + negative).mean()
+
+
+class _FullSoftmax(torch.autograd.Function):
+    """Mean cross-entropy of ``users @ table.T``, chunk of rows by chunk, with the gradients taken on the way.
+
+    The logits of all positions against all items are by far the largest tensor of a training; they exist one chunk at a
+    time and once, in float32, which is also faster than three passes over all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, table: Tensor, positives: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        chunk = max(1, (_CPU_CHUNK if users.device.type == "cpu" else _GPU_CHUNK) // table.shape[0])
+        total = torch.zeros((), dtype=torch.promote_types(users.dtype, torch.float32), device=users.device)
+        grad_users = torch.empty_like(users) if wanted else None
+        grad_table = torch.zeros_like(table) if wanted else None
+        for begin in range(0, positives.numel(), chunk):
+            rows = slice(begin, begin + chunk)
+            some, asked = users[rows], positives[rows]
+            logits = (some @ table.T).to(total.dtype)
+            highest = logits.amax(1, keepdim=True)
+            chosen = logits.gather(1, asked[:, None])
+            weights = logits.sub_(highest).exp_()
+            sums = weights.sum(1, keepdim=True)
+            total += (sums.log() + highest - chosen).sum()
+            if grad_users is not None and grad_table is not None:
+                slope = weights.div_(sums).scatter_add_(1, asked[:, None], -torch.ones_like(chosen)).to(users.dtype)
+                torch.mm(slope, table, out=grad_users[rows])
+                grad_table.addmm_(slope.T, some)
+        ctx.save_for_backward(grad_users, grad_table)
+        return total / positives.numel()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_users, grad_table = ctx.saved_tensors
+        factor = (grad / grad_users.shape[0]).to(grad_users.dtype)
+        return grad_users * factor, grad_table * factor, None
 
 
 def _uniform_negatives(

@@ -52,13 +52,14 @@ class EagerPlan:
 class _Tuning:
     row_block: int
     padding_share: float  # padded logits a group may hold, relative to the useful ones
+    free_padding: int  # padded logits that cost less than another group's fixed work
     group_rows: int  # padded rows a group may hold: keeps a block's logits in the cache
 
 
 # Measured on two CPU cores and on one H100: see docs/performance-notes.md, "Eager attention".
-_CPU = _Tuning(row_block=128, padding_share=0.15, group_rows=2048)
+_CPU = _Tuning(row_block=128, padding_share=0.15, free_padding=1 << 16, group_rows=2048)
 _SHARED_BINS = 4096
-_GPU = _Tuning(row_block=1024, padding_share=1.0, group_rows=1 << 17)
+_GPU = _Tuning(row_block=1024, padding_share=1.0, free_padding=1 << 22, group_rows=1 << 17)
 
 
 def plan_eager(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None) -> EagerPlan:
@@ -88,7 +89,8 @@ def _cut(sequences: list[tuple[int, int, int]], tuning: _Tuning) -> list[list[tu
             group = groups[-1]
             longest, area = group[0][1], sequence[1] ** 2
             fits = (len(group) + 1) * longest <= tuning.group_rows
-            if fits and (len(group) + 1) * longest**2 <= (1 + tuning.padding_share) * (useful + area):
+            padding = (len(group) + 1) * longest**2 - useful - area
+            if fits and padding <= max(tuning.padding_share * (useful + area), tuning.free_padding):
                 group.append(sequence)
                 useful += area
                 continue
