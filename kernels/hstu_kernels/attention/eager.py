@@ -306,8 +306,10 @@ def _bias_gradients(
             bins.scatter_add_(1, block.buckets_by_key, slope.transpose(1, 2).contiguous())
             dtime += bins.sum((0, 2), dtype=torch.float64)
         else:
-            # Short rows share the bins of their sequence: the sums stay short, and there are fewer bins than logits.
-            lines = slope.shape[0] if slope[0].numel() <= _SHARED_BINS else slope.shape[0] * slope.shape[1]
+            # Short rows share the bins of their sequence, in double; bins of their own would outnumber the logits.
+            shared = slope[0].numel() <= _SHARED_BINS
+            slope = slope.double() if shared else slope
+            lines = slope.shape[0] if shared else slope.shape[0] * slope.shape[1]
             bins = slope.new_zeros(lines, dtime.numel())
             bins.scatter_add_(1, block.buckets.view(lines, -1), slope.reshape(lines, -1))
             dtime += bins.sum(0, dtype=torch.float64)
