@@ -34,6 +34,10 @@ format: install ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: readme
+readme: install ## Bring the tables of README.md up to date with the recorded results
+	$(BIN)/python -m benchmarks.update_readme
+
 .PHONY: install-torchrec
 install-torchrec: install ## Add TorchRec: the CUDA build beside an NVIDIA GPU, else the CPU build
 	@if nvidia-smi -L 2>/dev/null | grep -q GPU; then \

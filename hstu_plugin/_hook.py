@@ -17,6 +17,8 @@ from types import ModuleType
 
 # Class names in hstu_plugin.adapters.recbole.model; RecBole asks for the module of the lower-case name.
 MODELS = ("HSTU",)
+# Models that take RecBole's own trainer, data set and defaults, with the modules that they live in.
+OTHERS = {"PopularitySequential": "hstu_plugin.adapters.recbole.popularity"}
 
 _HOME = "recbole.model.sequential_recommender."
 _QUICK_START = "recbole.quick_start.quick_start"
@@ -29,7 +31,7 @@ class ModelFinder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname.startswith(_HOME):
-            for name in MODELS:
+            for name in (*MODELS, *OTHERS):
                 if fullname == _HOME + name.lower():
                     return ModuleSpec(fullname, _ModelLoader(name), origin="hstu_plugin")
         return None
@@ -43,8 +45,11 @@ class _ModelLoader(Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        register = importlib.import_module("hstu_plugin.adapters.recbole.register")
-        setattr(module, self.name, register.register()[self.name])
+        if self.name in OTHERS:
+            found = getattr(importlib.import_module(OTHERS[self.name]), self.name)
+        else:
+            found = importlib.import_module("hstu_plugin.adapters.recbole.register").register()[self.name]
+        setattr(module, self.name, found)
 
 
 class RepairFinder(MetaPathFinder):

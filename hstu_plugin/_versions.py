@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 PYTHON_MIN = (3, 11)
 PYTHON_BELOW = (3, 13)
@@ -94,6 +96,27 @@ def runtime_versions() -> dict[str, str]:
         "machine": platform.machine(),
         "kernel": platform.release(),
     }
+
+
+def source_commit(root: Path | None = None) -> str | None:
+    """Commit of the source that runs, with ``-dirty`` behind it where tracked files differ; None outside a checkout.
+
+    Args:
+        root: folder that holds the package; default: where this module was imported from.
+    """
+    root = Path(__file__).resolve().parents[1] if root is None else root
+    # An installed package may lie somewhere inside another project's repository.
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def version_table() -> list[dict[str, str]]:

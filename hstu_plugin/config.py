@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -76,7 +77,7 @@ def _checked_int(name: str, value: object, minimum: int) -> None:
 
 def _positive(name: str, value: object) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    _expect(number and value > 0, name, "a number > 0", value)  # type: ignore[operator]
+    _expect(number and 0 < value < math.inf, name, "a finite number > 0", value)  # type: ignore[operator]
 
 
 def _probability(name: str, value: object) -> None:
@@ -86,6 +87,10 @@ def _probability(name: str, value: object) -> None:
         "a number in [0, 1)",
         value,
     )
+
+
+# Default of fields that follow from others: None when given, a value of the field's own type once the config exists.
+_DERIVED: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +119,15 @@ class HSTUConfig:
     embedding_dim: int = 64
     num_layers: int = 2
     num_heads: int = 1
-    attention_dim: int | None = None
-    linear_dim: int | None = None
+    attention_dim: int = _DERIVED
+    linear_dim: int = _DERIVED
     max_seq_len: int = 200
     variant: Variant = Variant.RESEARCH
     dropout: float = 0.2
-    alpha: float | None = None
-    attn_scale: float | None = None
-    position_bias: bool | None = None
-    time_bias: bool | None = None
+    alpha: float = _DERIVED
+    attn_scale: float = _DERIVED
+    position_bias: bool = _DERIVED
+    time_bias: bool = _DERIVED
     num_time_buckets: int = 128
     row_time: RowTime = RowTime.REQUEST
     position_embedding: bool = True
@@ -136,58 +141,30 @@ class HSTUConfig:
         _set(self, "variant", _enum(Variant, "variant", self.variant))
         _set(self, "row_time", _enum(RowTime, "row_time", self.row_time))
         _set(self, "backend", Backend(self.backend) if resolve_backend(self.backend) else None)
-        if self.attention_dim is None:
+        if vars(self)["attention_dim"] is None:
             _expect(
                 self.embedding_dim % self.num_heads == 0,
                 "num_heads",
                 f"a divisor of embedding_dim ({self.embedding_dim}) as attention_dim is not given",
                 self.num_heads,
             )
-            _set(self, "attention_dim", self.embedding_dim // self.num_heads)
-        if self.linear_dim is None:
-            _set(self, "linear_dim", self.attention_dim)
+        _derive(self, "attention_dim", self.embedding_dim // self.num_heads)
         _checked_int("attention_dim", self.attention_dim, 1)
+        _derive(self, "linear_dim", self.attention_dim)
         _checked_int("linear_dim", self.linear_dim, 1)
         _probability("dropout", self.dropout)
-        if self.alpha is None:
-            defaults = {Variant.RESEARCH: 1.0, Variant.PRODUCTION: self.qk_dim**-0.5, Variant.ULTRA: 1.0 / self.qk_dim}
-            _set(self, "alpha", defaults[self.variant])
-        if self.attn_scale is None:
-            _set(self, "attn_scale", 1.0 / self.max_seq_len)
+        width = self.attention_dim
+        alphas = {Variant.RESEARCH: 1.0, Variant.PRODUCTION: width**-0.5, Variant.ULTRA: 1.0 / width}
+        _derive(self, "alpha", alphas[self.variant])
+        _derive(self, "attn_scale", 1.0 / self.max_seq_len)
         for name in ("alpha", "attn_scale", "norm_eps"):
-            value = getattr(self, name)
-            _positive(name, value)
+            _positive(name, getattr(self, name))
+            _set(self, name, float(getattr(self, name)))
         for name in ("position_bias", "time_bias"):
-            if getattr(self, name) is None:
-                _set(self, name, self.variant is not Variant.ULTRA)
+            _derive(self, name, self.variant is not Variant.ULTRA)
         for name in ("position_bias", "time_bias", "position_embedding"):
             _expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         _expect(isinstance(self.mask, AttentionMask), "mask", "an AttentionMask", self.mask)
-
-    # The optional fields are numbers once the config exists; these say so to the reader and the type checker.
-    @property
-    def qk_dim(self) -> int:
-        """Width of Q and K per head."""
-        assert self.attention_dim is not None
-        return self.attention_dim
-
-    @property
-    def uv_dim(self) -> int:
-        """Width of U and V per head."""
-        assert self.linear_dim is not None
-        return self.linear_dim
-
-    @property
-    def attn_alpha(self) -> float:
-        """``alpha`` as used by the attention."""
-        assert self.alpha is not None
-        return float(self.alpha)
-
-    @property
-    def scale(self) -> float:
-        """``attn_scale`` as used by the attention."""
-        assert self.attn_scale is not None
-        return float(self.attn_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +199,11 @@ class RetrievalConfig:
 
 def _set(config: object, name: str, value: object) -> None:
     object.__setattr__(config, name, value)
+
+
+def _derive(config: object, name: str, value: object) -> None:
+    if getattr(config, name) is None:
+        _set(config, name, value)
 
 
 def field_names(config: type[Any]) -> Iterable[str]:

@@ -52,6 +52,8 @@ class HSTUEncoder(nn.Module):
         Args:
             targets: one sequence of candidates for each user, with request timestamps when there is a time bias.
             cache: from `prefill` of the same users in the same order.
+
+        A target measures from its own timestamp, the request's; ``row_time`` has no effect here.
         """
         if len(cache) != len(self.layers):
             raise ValueError(f"cache: expected one entry for each of {len(self.layers)} layers, got {len(cache)}")

@@ -28,7 +28,7 @@ class HSTULayer(nn.Module):
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
         self.config = config
-        heads, qk, uv, width = config.num_heads, config.qk_dim, config.uv_dim, config.embedding_dim
+        heads, qk, uv, width = config.num_heads, config.attention_dim, config.linear_dim, config.embedding_dim
         affine = config.variant is Variant.PRODUCTION
         self.input_norm = nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
         self.output_norm = nn.LayerNorm(heads * uv, eps=config.norm_eps, elementwise_affine=affine)
@@ -85,8 +85,8 @@ class HSTULayer(nn.Module):
             v,
             layout,
             self.config.mask,
-            alpha=self.config.attn_alpha,
-            scale=self.config.scale,
+            alpha=self.config.alpha,
+            scale=self.config.attn_scale,
             bias=self.bias(timestamps, row_timestamps),
             backend=self.config.backend,
             plan=plan,
@@ -103,8 +103,8 @@ class HSTULayer(nn.Module):
             cache,
             layout,
             self.config.mask,
-            alpha=self.config.attn_alpha,
-            scale=self.config.scale,
+            alpha=self.config.alpha,
+            scale=self.config.attn_scale,
             bias=self.bias(cache.timestamps, request_timestamps),
             backend=self.config.backend,
         )
@@ -113,7 +113,7 @@ class HSTULayer(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``u [L, H * Dv]``, ``v [L, H, Dv]``, ``q, k [L, H, Dqk]``."""
         config = self.config
-        heads, qk, uv = config.num_heads, config.qk_dim, config.uv_dim
+        heads, qk, uv = config.num_heads, config.attention_dim, config.linear_dim
         mixed: Tensor = self.uvqk(self.input_norm(x))
         if config.variant is Variant.PRODUCTION:
             gate, rest = mixed.tensor_split([heads * uv], dim=-1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hstu_plugin.config import LossType, NegativeSource, RetrievalConfig, Similarity
@@ -42,10 +43,16 @@ def next_item_loss(
         generator: source of the negatives; the default generator of the device when ``None``.
 
     Returns:
-        scalar; 0 (with a gradient path) when there is no row.
+        scalar; 0 when there is no row, with a path to ``users`` and ``items`` that gives them zero gradients.
+
+    Raises:
+        ValueError: uniform negatives are asked for, and the table holds no second item to draw.
     """
     if positives.numel() == 0:
-        return users.sum() * 0
+        # Both sides: data-parallel training waits for the gradients of every parameter.
+        return users.sum() + items[:0].sum()
+    common = torch.promote_types(users.dtype, items.dtype)
+    users, items = users.to(common), items.to(common)
     users = normalise(users, config.similarity)
     if config.loss is LossType.FULL_SOFTMAX:
         table = normalise(items, config.similarity)
@@ -53,6 +60,11 @@ def next_item_loss(
         loss: Tensor = _FullSoftmax.apply(scaled, table[1:], positives - 1)  # type: ignore[no-untyped-call]
         return loss
 
+    if config.negatives is NegativeSource.UNIFORM and items.shape[0] < 3:
+        raise ValueError(
+            "items: expected at least 2 items beside the padding to draw negatives from, got "
+            f"{items.shape[0] - 1}; use loss=full_softmax or a larger table"
+        )
     positive_items = normalise(items[positives], config.similarity)
     positive_logits = (users * positive_items).sum(-1, keepdim=True) / config.temperature
     if config.negatives is NegativeSource.UNIFORM:
@@ -113,6 +125,7 @@ class _FullSoftmax(torch.autograd.Function):
         return total / positives.numel()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_users, grad_table = ctx.saved_tensors
         factor = (grad / grad_users.shape[0]).to(grad_users.dtype)

@@ -68,7 +68,16 @@ class HSTURetrieval(nn.Module):
             items: ``[num_items, D]`` item table.
             request_timestamps: ``[B]`` int64 time of the event that follows each history, where known.
             generator: source of sampled negatives.
+
+        Raises:
+            ValueError: ``positives`` do not fit the rows, or the mask would show the rows what they have to predict.
         """
+        if self.config.mask.contextual_sees_history and seq.layout.contextual_seq_len > 0:
+            raise ValueError(
+                "mask.contextual_sees_history: expected False for the next-item loss, got True; contextual rows then "
+                "see the whole history and every row sees them, so that from the second layer on each row knows the "
+                "items it has to predict. Train this loss without it; it fits models that score candidates"
+            )
         if positives.shape != seq.values.shape[:1]:
             raise ValueError(f"positives: expected [{seq.values.shape[0]}], got {tuple(positives.shape)}")
         rows = self.encode(seq, request_timestamps).values

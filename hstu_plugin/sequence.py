@@ -44,6 +44,7 @@ class JaggedSequence:
             timestamps: ``[B, N]`` int64 seconds, or ``None``.
 
         Raises:
+            TypeError: the lengths are no integers.
             ValueError: shapes do not agree or a length is outside ``[0, N]``.
         """
         if values.dim() < 2 or seq_lengths.shape != values.shape[:1]:
@@ -54,7 +55,7 @@ class JaggedSequence:
         if timestamps is not None and timestamps.shape != values.shape[:2]:
             raise ValueError(f"timestamps: expected {tuple(values.shape[:2])} as values, got {tuple(timestamps.shape)}")
         width = values.shape[1]
-        seq_lengths = seq_lengths.long()
+        layout = JaggedLayout.from_lengths(seq_lengths, max_seq_len=width)
         if seq_lengths.numel():
             low, high = torch.stack(torch.aminmax(seq_lengths)).tolist()
             if low < 0 or high > width:
@@ -62,7 +63,6 @@ class JaggedSequence:
                     f"seq_lengths: expected numbers in [0, {width}] (the padded width), got {low} to {high}"
                 )
         real = torch.arange(width, device=values.device) < seq_lengths[:, None]
-        layout = JaggedLayout.from_lengths(seq_lengths, max_seq_len=width)
         return cls(values[real], layout, None if timestamps is None else timestamps[real])
 
     def with_values(self, values: Tensor) -> JaggedSequence:

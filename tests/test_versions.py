@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hstu_plugin import _versions
-from hstu_plugin._versions import check_versions, runtime_versions, version_table
+from hstu_plugin._versions import check_versions, runtime_versions, source_commit, version_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,3 +109,26 @@ def test_the_check_imports_no_torch() -> None:
     code = "import sys; from hstu_plugin import _versions; _versions.check_versions(); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "False"
+
+
+def test_source_commit(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        done = subprocess.run(["git", "-C", str(tmp_path), *who, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    package = tmp_path / "site" / "hstu_plugin"
+    package.mkdir(parents=True)
+    assert source_commit(tmp_path) is None
+    git("init")
+    assert source_commit(tmp_path) is None, "there is no commit yet"
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "untracked").write_text("1")
+    assert source_commit(tmp_path) == head
+    (tmp_path / "a").write_text("2")
+    assert source_commit(tmp_path) == f"{head}-dirty"
+    # Installed somewhere inside another project's repository.
+    assert source_commit(package.parent) is None

@@ -61,7 +61,8 @@ class RelativeBias:
             history end for every target. Distances beyond ``N - 1`` take the outermost entry.
         time_table: ``[num_buckets + 1]`` float, or ``None`` for no time term.
         timestamps: ``[L]`` int64 seconds of the keys; needed by ``time_table``.
-        row_timestamps: ``[L]`` int64 seconds at which the rows ask; `next_event_timestamps` when ``None``.
+        row_timestamps: ``[L]`` int64 seconds at which the rows ask. ``None`` stands for `next_event_timestamps` in
+            `hstu_attention`; `hstu_target_attention` needs them, the request times ``[T]``, beside a ``time_table``.
     """
 
     pos_table: Tensor | None = None

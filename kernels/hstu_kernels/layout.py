@@ -54,7 +54,15 @@ class JaggedLayout:
         num_targets: Tensor | None = None,
         contextual_seq_len: int = 0,
     ) -> JaggedLayout:
-        """Build the layout from ``seq_lengths [B]`` (any integer dtype). Reads the maximum if no bound is given."""
+        """Build the layout from ``seq_lengths [B]`` (any integer dtype). Reads the maximum if no bound is given.
+
+        Raises:
+            TypeError: the lengths are no integers.
+        """
+        whole = not (seq_lengths.dtype == torch.bool or seq_lengths.is_floating_point() or seq_lengths.is_complex())
+        # `torch.tensor([])`, an empty batch, comes in floats.
+        if not whole and seq_lengths.numel():
+            raise TypeError(f"seq_lengths: expected integers, got {seq_lengths.dtype}")
         seq_lengths = seq_lengths.long()
         seq_offsets = torch.zeros(seq_lengths.numel() + 1, dtype=torch.int64, device=seq_lengths.device)
         torch.cumsum(seq_lengths, 0, out=seq_offsets[1:])

@@ -30,7 +30,9 @@ class AttentionMask:
             (first reading of K2 of ULTRA-HSTU).
         full_attn_tail_len: history rows at the end that keep full causal attention (second reading of K2).
         window_targets: targets see only the global prefix and the last ``max_attn_len`` history rows.
-        contextual_sees_history: contextual rows see the whole history, too, not only the contextual prefix.
+        contextual_sees_history: contextual rows see the whole history, too, not only the contextual prefix. From the
+            second layer on every row then depends on the whole history through them: a next-item loss would see its
+            own answers, and keys and values cached for a history are stale once it grows.
     """
 
     max_attn_len: int = 0

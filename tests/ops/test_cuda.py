@@ -32,10 +32,11 @@ def test_equals_oracle_in_fp64(case: AttentionCase) -> None:
 
 
 @cases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision_stays_in_the_budget(case: AttentionCase, dtype: torch.dtype) -> None:
+def test_bfloat16_stays_in_the_budget(case: AttentionCase) -> None:
+    # Not float32: there both sides are the library's matrix products, whose last bits depend on the kernel it picks
+    # for a shape; that the algorithm is right in every bit that matters is what fp64 shows.
     if case.total_rows:
-        assert_within_budget(eager, make_inputs(case, dtype, device="cuda"), signal=False)
+        assert_within_budget(eager, make_inputs(case, torch.bfloat16, device="cuda"), signal=False)
 
 
 @cases

@@ -137,3 +137,9 @@ def test_check_rows_refuses(name: str, layout: JaggedLayout, rows: int) -> None:
 
 def test_check_rows_allows_empty_sequences_without_context() -> None:
     JaggedLayout.from_lengths(lengths_of(0, 3, 0), contextual_seq_len=2).check_rows("q", 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.complex64], ids=str)
+def test_lengths_that_are_no_integers(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"^seq_lengths: expected integers, got {dtype}"):
+        JaggedLayout.from_lengths(lengths_of(1, 1).to(dtype))

@@ -137,7 +137,17 @@ def test_low_precision_stays_in_the_budget(dtype: torch.dtype, backend: Backend)
 )
 def test_gradients_reach_cache_tables_and_targets(mask: AttentionMask, backend: Backend) -> None:
     inputs = make_inputs(
-        AttentionCase(name="grad", lengths=(7, 3), num_targets=(3, 1), qk_dim=2, v_dim=2, mask=mask, table_reach=5)
+        AttentionCase(
+            name="grad",
+            lengths=(7, 3),
+            num_targets=(3, 1),
+            qk_dim=2,
+            v_dim=2,
+            mask=mask,
+            # Each entry of a table costs two evaluations.
+            table_reach=5,
+            num_buckets=9,
+        )
     )
     (part,) = split_targets(inputs)
     bias = part.bias

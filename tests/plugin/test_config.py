@@ -27,26 +27,26 @@ from hstu_plugin.config import (
 def test_defaults_by_variant(variant: str, alpha: float, bias: bool) -> None:
     config = HSTUConfig(variant=variant, embedding_dim=64, num_heads=4)  # type: ignore[arg-type]
     assert config.variant is Variant(variant)
-    assert (config.qk_dim, config.uv_dim) == (16, 16)
-    assert config.attn_alpha == pytest.approx(alpha, abs=1e-15)
+    assert (config.attention_dim, config.linear_dim) == (16, 16)
+    assert config.alpha == pytest.approx(alpha, abs=1e-15)
     assert config.position_bias is bias
     assert config.time_bias is bias
 
 
 def test_explicit_values_win_over_the_variant() -> None:
     config = HSTUConfig(variant=Variant.ULTRA, alpha=0.7, time_bias=True, attention_dim=5, linear_dim=9, attn_scale=0.1)
-    assert config.attn_alpha == 0.7
+    assert config.alpha == 0.7
     assert config.time_bias is True
     assert config.position_bias is False
-    assert (config.qk_dim, config.uv_dim, config.scale) == (5, 9, 0.1)
+    assert (config.attention_dim, config.linear_dim, config.attn_scale) == (5, 9, 0.1)
 
 
 def test_scale_follows_max_seq_len() -> None:
-    assert HSTUConfig(max_seq_len=50).scale == 0.02
+    assert HSTUConfig(max_seq_len=50).attn_scale == 0.02
 
 
 def test_linear_dim_follows_attention_dim() -> None:
-    assert HSTUConfig(embedding_dim=50, num_heads=3, attention_dim=25).uv_dim == 25
+    assert HSTUConfig(embedding_dim=50, num_heads=3, attention_dim=25).linear_dim == 25
 
 
 def test_names_become_enums() -> None:
@@ -103,8 +103,12 @@ BAD_HSTU: list[tuple[str, Any]] = [
     ("variant", "fast"),
     ("row_time", "now"),
     ("backend", "cuda"),
-    *(("dropout", value) for value in (-0.1, 1.0, "0.1", True, float("nan"))),
-    *((name, value) for name in ("alpha", "attn_scale", "norm_eps") for value in (0, -1.0, "1", float("nan"), True)),
+    *(("dropout", value) for value in (-0.1, 1.0, "0.1", True, float("nan"), float("inf"))),
+    *(
+        (name, value)
+        for name in ("alpha", "attn_scale", "norm_eps")
+        for value in (0, -1.0, "1", float("nan"), float("inf"), True)
+    ),
     *((name, value) for name in ("position_bias", "time_bias", "position_embedding") for value in (1, "yes")),
     ("mask", None),
     ("mask", {"max_attn_len": 3}),
@@ -114,7 +118,7 @@ BAD_RETRIEVAL: list[tuple[str, Any]] = [
     ("loss", "mse"),
     ("negatives", "popular"),
     *(("num_negatives", value) for value in (0, 1.5, True, "4")),
-    *(("temperature", value) for value in (0, -1, "x", float("nan"), True)),
+    *(("temperature", value) for value in (0, -1, "x", float("nan"), float("inf"), True)),
     ("logq_correction", 1),
 ]
 
@@ -139,3 +143,11 @@ def test_unknown_backend_is_an_unsupported_backend() -> None:
 def test_mask_is_kept() -> None:
     mask = AttentionMask(max_attn_len=8)
     assert HSTUConfig(mask=mask).mask is mask
+
+
+def test_derived_fields_are_of_their_own_type() -> None:
+    config = HSTUConfig(alpha=1, attn_scale=2)
+    assert all(type(getattr(config, name)) is float for name in ("alpha", "attn_scale", "norm_eps"))
+    assert all(type(getattr(config, name)) is int for name in ("attention_dim", "linear_dim"))
+    # One name for one thing.
+    assert not {"attn_alpha", "scale", "qk_dim", "uv_dim"} & set(dir(config))

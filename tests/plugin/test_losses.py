@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from hstu_plugin import losses
 from hstu_plugin.config import RetrievalConfig, Similarity
 from hstu_plugin.losses import next_item_loss, normalise
 
@@ -202,6 +204,22 @@ def test_no_rows(options: dict[str, Any]) -> None:
     assert float(loss.detach()) == 0
     loss.backward()
     assert users.grad is not None
+    # Data-parallel training waits for the table's gradient, too; not even a broken table may spoil it.
+    assert items.grad is not None
+    assert not bool(items.grad.any())
+
+
+def test_no_rows_beside_a_table_that_is_not_finite() -> None:
+    loss = next_item_loss(torch.zeros(0, WIDTH), POSITIVES[:0], torch.full((ITEMS, WIDTH), math.inf), config())
+    assert float(loss) == 0
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "bce"])
+@pytest.mark.parametrize("items", [1, 2])
+def test_uniform_negatives_need_a_second_item(items: int, loss: str) -> None:
+    users, table = tensors()
+    with pytest.raises(ValueError, match=rf"^items: expected at least 2 items .* got {items - 1}; use loss=full"):
+        next_item_loss(users, torch.ones_like(POSITIVES), table[:items], config(loss=loss))
 
 
 @any_loss
@@ -232,3 +250,86 @@ def test_normalise_has_a_finite_gradient_at_zero() -> None:
     normalise(x, Similarity.L2).sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
+
+
+# The full softmax, chunk of rows by chunk.
+
+
+@pytest.fixture(params=[1, 3, 100], ids=lambda rows: f"{rows}-rows-at-once")
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CPU_CHUNK", request.param * (ITEMS - 1))
+
+
+def full_softmax(users: Tensor, items: Tensor) -> Tensor:
+    return next_item_loss(users, POSITIVES, items, config(loss="full_softmax", similarity="dot"))
+
+
+def plain_softmax(users: Tensor, items: Tensor) -> Tensor:
+    return F.cross_entropy(users @ items[1:].T / 0.5, POSITIVES - 1)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_chunked_softmax_is_the_cross_entropy() -> None:
+    users, items = tensors()
+    leaves = users.requires_grad_(), items.requires_grad_()
+    got, expected = full_softmax(*leaves), plain_softmax(*leaves)
+    assert got.dtype == torch.float64
+    assert torch.allclose(got, expected, rtol=1e-14, atol=0)
+    # Another factor than 1 in front, as gradient scaling has it.
+    for one, other in zip(torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * expected, leaves), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(full_softmax, leaves)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("frozen", [0, 1], ids=["users", "items"])
+def test_chunked_softmax_with_one_side_frozen(frozen: int) -> None:
+    leaves = list(tensors())
+    leaf = leaves[1 - frozen].requires_grad_()
+    got, expected = (torch.autograd.grad(f(*leaves), leaf)[0] for f in (full_softmax, plain_softmax))
+    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("table", [torch.bfloat16, torch.float32], ids=str)
+def test_chunked_softmax_in_bfloat16(table: torch.dtype) -> None:
+    users, items = tensors()
+    leaves = users.bfloat16().requires_grad_(), items.to(table).requires_grad_()
+    loss = full_softmax(*leaves)
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(float(plain_softmax(users, items)), rel=0.02)
+    loss.backward()
+    exact = users.clone().requires_grad_()
+    plain_softmax(exact, items).backward()
+    assert leaves[0].grad is not None
+    assert leaves[0].grad.dtype == torch.bfloat16
+    assert leaves[1].grad is not None
+    assert leaves[1].grad.dtype == table
+    assert exact.grad is not None
+    assert torch.allclose(leaves[0].grad.double(), exact.grad, rtol=0.05, atol=0.05 * float(exact.grad.abs().max()))
+
+
+@any_loss
+def test_half_precision_users_beside_a_float32_table(options: dict[str, Any]) -> None:
+    users, items = tensors()
+    exact = float(next_item_loss(users, POSITIVES, items, config(**options), generator=generator()))
+    got = next_item_loss(users.bfloat16(), POSITIVES, items.float(), config(**options), generator=generator())
+    assert got.dtype == torch.float32
+    assert float(got) == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_chunked_softmax_without_gradients() -> None:
+    leaves = [x.requires_grad_() for x in tensors()]
+    with torch.no_grad():
+        loss = full_softmax(*leaves)
+    assert not loss.requires_grad
+    assert float(loss) == pytest.approx(float(plain_softmax(*leaves).detach()), rel=1e-14)
+
+
+def test_chunked_softmax_has_no_second_derivative() -> None:
+    users, items = tensors()
+    users.requires_grad_()
+    (slope,) = torch.autograd.grad(full_softmax(users, items).square(), users, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()

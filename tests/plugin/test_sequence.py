@@ -154,3 +154,16 @@ def test_timestamps_of_other_rows_are_refused() -> None:
 def test_negative_truncation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^max_history: expected"):
         example().keep_recent(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_padded_lengths_that_are_no_integers(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"^seq_lengths: expected integers, got {dtype}"):
+        JaggedSequence.from_padded(torch.zeros(2, 3, 4), torch.tensor([1, 0]).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32], ids=str)
+def test_padded_lengths_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    seq = JaggedSequence.from_padded(torch.arange(6).view(2, 3), torch.tensor([1, 3], dtype=dtype))
+    assert seq.values.tolist() == [0, 3, 4, 5]
+    assert seq.layout.seq_lengths.tolist() == [1, 3]

@@ -143,6 +143,8 @@ def demo(**options: Any) -> None:
 @click.option("--deltas/--no-deltas", default=True, help="Difference of the first two models, seed by seed.")
 @click.option("--output-dir", type=_PATH, help="Where to write and to go on.  [default: runs/compare-<dataset>]")
 @click.option("--record", type=_PATH, help="Also write the comparison to this file.")
+@click.option("--timing", type=_PATH, help="Take the seconds of a pass from this comparison made with --time-epochs.")
+@click.option("--note", help="A sentence on how the runs were made, kept in the comparison.")
 @click.option("--force", is_flag=True, help="Repeat runs that were finished with other settings.")
 @_progress
 @click.option("--verbose", is_flag=True, help="Show all messages of RecBole.")
@@ -208,7 +210,8 @@ def recipes() -> None:
 @click.option("--markdown", is_flag=True, help="Print a table for a README.")
 @click.option("--curve", type=_PATH, help="Draw the learning curves of all runs into this PNG.")
 @click.option("--record", type=_PATH, help="Write the comparison of all runs to this JSON file.")
-def report(files: Sequence[Path], markdown: bool, curve: Path | None, record: Path | None) -> None:
+@click.option("--note", help="A sentence on how the runs were made, kept in the recorded comparison.")
+def report(files: Sequence[Path], markdown: bool, curve: Path | None, record: Path | None, note: str | None) -> None:
     """Show recorded runs (result.json) side by side, or a recorded comparison."""
     with _readable_errors():
         from hstu_plugin.adapters.recbole import curves
@@ -223,7 +226,8 @@ def report(files: Sequence[Path], markdown: bool, curve: Path | None, record: Pa
         if record:
             if not runs:
                 raise click.UsageError("--record: none of the files is a run")
-            reports.write_json(record, reports.compare_records(runs))
+            recorded = reports.compare_records(runs)
+            reports.write_json(record, {**recorded, "note": note} if note else recorded)
         if len(runs) == 1 and not markdown:
             console.print(reports.metrics_table(runs[0]))
         elif runs:
@@ -280,6 +284,7 @@ def _request(
         recipes=recipe_files,
         config_files=user_files,
         argv=tuple(words),
+        named=frozenset(key for key, given in (("model", model), ("dataset", dataset)) if given),
         resume=checkpoint,
         progress=progress,
         verbose=verbose,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 POPULARITY = "Pop"
+_POPULARITY_CLASS = "PopularitySequential"
 # What a recipe says about data, split and ranking holds for every model; the rest is HSTU's own.
 _PROTOCOL = (
     "eval_args",
@@ -39,6 +40,8 @@ def compare(
     deltas: bool,
     output_dir: Path | None,
     record: Path | None,
+    timing: Path | None,
+    note: str | None,
     force: bool,
     progress: bool,
     verbose: bool,
@@ -74,10 +77,14 @@ def compare(
     if time_epochs:
         # One pass is no trained model; its metrics would be misread.
         comparison["purpose"] = f"training time of {time_epochs} passes; the models are not trained out"
+    if timing:
+        report.take_timing(comparison, report.read_json(timing, report.COMPARISON_FORMAT))
+    if note:
+        comparison["note"] = note
     directory = requests[0].output_dir.parent
     table = report.comparison_markdown(comparison)
     report.write_json(directory / "comparison.json", comparison)
-    (directory / "comparison.md").write_text(table, encoding="utf-8")
+    report.write_text(directory / "comparison.md", table)
     if record:
         report.write_json(record, comparison)
     console.print(report.comparison_table(comparison, highlight=names[0]))
@@ -136,7 +143,7 @@ def plan(
         chosen.update(special[model])
         requests.append(
             launch.Request(
-                model=_model(model),
+                model=_POPULARITY_CLASS if model == POPULARITY else model,
                 dataset=str(chosen_dataset),
                 output_dir=directory / model,
                 recipes=recipe_files if ours else (),
@@ -146,17 +153,6 @@ def plan(
             )
         )
     return requests
-
-
-def _model(name: str) -> str:
-    if name != POPULARITY:
-        return name
-    from hstu_plugin.adapters.recbole.compat import require_recbole
-
-    require_recbole()
-    from hstu_plugin.adapters.recbole import popularity
-
-    return popularity.register()
 
 
 def _overrides(entries: Sequence[str], models: Sequence[str]) -> dict[str, dict[str, Any]]:

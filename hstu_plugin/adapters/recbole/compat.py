@@ -1,4 +1,4 @@
-"""What stock RecBole 1.2.1 needs to be importable and usable today: NumPy 2 names, no ray, safe checkpoints.
+"""What stock RecBole 1.2.1 needs to be usable today: NumPy 2 names, no ray, safe checkpoints, full speed.
 
 Imported by the import hooks while RecBole itself is being imported, hence no import of RecBole or torch up here.
 """
@@ -19,6 +19,7 @@ from hstu_plugin._hook import RepairFinder
 from hstu_plugin._versions import check_versions
 
 _QUICK_START = "recbole.quick_start.quick_start"
+_SINE = "recbole.model.sequential_recommender.sine"
 _STUB_MARK = "__hstu_plugin_stub__"
 
 
@@ -55,7 +56,7 @@ def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) 
     _drop_ray_stub()
     if name == "recbole":
         prepare()
-    if name not in ("ray", _QUICK_START):
+    if name not in ("ray", _QUICK_START, _SINE):
         return None
     spec = _spec_of_others(name, path, target)
     if name == "ray":
@@ -64,7 +65,7 @@ def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) 
             return ModuleSpec("ray", loader, origin="hstu_plugin")
         spec.loader = loader
     elif spec is not None and spec.loader is not None:
-        spec.loader = _QuickStartLoader(spec.loader)
+        spec.loader = (_QuickStartLoader if name == _QUICK_START else _SineLoader)(spec.loader)
     return spec
 
 
@@ -77,14 +78,32 @@ def _spec_of_others(name: str, path: Sequence[str] | None, target: ModuleType | 
     return None
 
 
-class _QuickStartLoader(Loader):
-    """RecBole's quick start as it is; afterwards the stand-in for ray is gone and our checkpoints are readable."""
-
+class _WrappingLoader(Loader):
     def __init__(self, real: Loader) -> None:
         self.real = real
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.real.create_module(spec)
+
+
+class _SineLoader(_WrappingLoader):
+    """RecBole's SINE without its ``set_detect_anomaly(True)``.
+
+    That slows down every backward of the process, whichever model it trains: RecBole imports all of them.
+    """
+
+    def exec_module(self, module: ModuleType) -> None:
+        _give_back(module, self.real)
+        torch = importlib.import_module("torch")
+        before = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+        try:
+            self.real.exec_module(module)
+        finally:
+            torch.autograd.set_detect_anomaly(*before)
+
+
+class _QuickStartLoader(_WrappingLoader):
+    """RecBole's quick start as it is; afterwards the stand-in for ray is gone and our checkpoints are readable."""
 
     def exec_module(self, module: ModuleType) -> None:
         _give_back(module, self.real)

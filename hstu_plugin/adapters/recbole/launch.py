@@ -36,6 +36,7 @@ class Request:
         argv: the user's ``--name=value`` words, over everything else.
         resume: checkpoint to go on from, or AUTO.
         label: the run's name in tables; default: the model's.
+        named: which of ``model`` and ``dataset`` the user named as options.
         progress: show progress bars.
         verbose: let RecBole say all it has to say.
     """
@@ -49,6 +50,7 @@ class Request:
     argv: tuple[str, ...] = ()
     resume: Path | str | None = None
     label: str | None = None
+    named: frozenset[str] = frozenset()
     progress: bool = True
     verbose: bool = False
 
@@ -59,14 +61,17 @@ class Request:
 
     def layers(self) -> list[tuple[str, dict[str, Any]]]:
         """Who set what, the strongest first."""
-        plugin = settings.model_defaults(self.model)
-        yours = {**settings.read_settings(self.config_files), **settings.parse_tokens(self.argv)}
         names = {"model": self.name, "dataset": self.dataset}
+        yours: dict[str, Any] = {**settings.read_settings(self.config_files), **settings.parse_tokens(self.argv)}
+        yours |= {key: name for key, name in names.items() if key in self.named}
+        recipe = settings.read_settings(self.recipes)
+        # What neither the user nor the recipe says was chosen by the command.
+        rest = {key: name for key, name in names.items() if key not in yours and recipe.get(key) != name}
         return [
-            ("you", {**yours, **names}),
-            ("command", dict(self.chosen)),
-            ("recipe", settings.read_settings(self.recipes)),
-            ("plugin", plugin),
+            ("you", yours),
+            ("command", {**self.chosen, **rest}),
+            ("recipe", recipe),
+            ("plugin", settings.model_defaults(self.model)),
         ]
 
     def asked(self) -> dict[str, Any]:

@@ -106,6 +106,7 @@ class RunOptions:
         adam_betas: of the learners adam and adamw; PyTorch's own where ``None``.
         lr_schedule: course of ``learning_rate`` over ``epochs``: ``constant``, or ``cosine`` down to zero.
         warmup_steps: optimiser steps over which the rate first rises linearly.
+        detect_anomaly: autograd's search for the operation behind a NaN; several times slower.
     """
 
     filter_seen_items: bool = False
@@ -113,6 +114,7 @@ class RunOptions:
     adam_betas: tuple[float, float] | None = None
     lr_schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
     warmup_steps: int = 0
+    detect_anomaly: bool = False
 
 
 def default_values() -> dict[str, Any]:
@@ -166,8 +168,9 @@ def run_options(values: Mapping[str, Any]) -> RunOptions:
     """The keys of `RunOptions`, checked."""
     chosen = {f.name: values[f.name] for f in fields(RunOptions) if values.get(f.name) is not None}
     options = RunOptions(**chosen)
-    if not isinstance(options.filter_seen_items, bool):
-        raise ValueError(f"filter_seen_items: expected a bool, got {options.filter_seen_items!r}")
+    for name in ("filter_seen_items", "detect_anomaly"):
+        if not isinstance(getattr(options, name), bool):
+            raise ValueError(f"{name}: expected a bool, got {getattr(options, name)!r}")
     every = options.checkpoint_every
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"checkpoint_every: expected an int >= 1, got {every!r}")

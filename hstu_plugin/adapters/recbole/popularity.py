@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -50,10 +49,3 @@ class PopularitySequential(SequentialRecommender):  # type: ignore[misc]
         """Scores of all items, ``[B, n_items]``."""
         scores: Tensor = self.counts.expand(len(interaction[self.ITEM_SEQ_LEN]), -1).clone()
         return scores
-
-
-def register() -> str:
-    """Let RecBole find the model by name, as it does its own; returns the name."""
-    name = "PopularitySequential"
-    sys.modules[f"recbole.model.sequential_recommender.{name.lower()}"] = sys.modules[__name__]
-    return name

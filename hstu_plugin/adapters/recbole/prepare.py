@@ -124,8 +124,11 @@ def seed_all(config: Any, offset: int = 0) -> None:
     recbole_seed(config["seed"] + offset, config["reproducibility"])
 
 
-def start_log(config: Any) -> logging.Logger:
-    """RecBole's log for this run alone; the handlers of the run before in this process are closed.
+@contextmanager
+def run_log(config: Any) -> Iterator[logging.Logger]:
+    """RecBole's log for this run alone; its file is closed at the end, and opened again by a later message.
+
+    As everywhere in Python, a program that has set up its own log keeps it, and gets no other.
 
     Raises:
         PermissionError: RecBole's folders cannot be written.
@@ -135,6 +138,28 @@ def start_log(config: Any) -> logging.Logger:
         if handler.get_name() == _HANDLER_NAME:
             root.removeHandler(handler)
             handler.close()
+    _make_folders(config)
+    theirs, level = root.handlers[:], root.level
+    # RecBole opens the file also where there is a log already, and then drops it unclosed: take hold of it.
+    root.handlers.clear()
+    try:
+        init_logger(config)
+    finally:
+        ours = root.handlers[:]
+        root.handlers[:] = theirs or ours
+    if theirs:
+        root.setLevel(level)
+    for handler in ours:
+        handler.set_name(_HANDLER_NAME)
+    try:
+        yield root
+    finally:
+        for handler in ours:
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+
+
+def _make_folders(config: Any) -> None:
     for name in ("log", "log_tensorboard", config["checkpoint_dir"]):
         try:
             os.makedirs(name, exist_ok=True)
@@ -146,11 +171,6 @@ def start_log(config: Any) -> logging.Logger:
                 f"cannot write to {os.path.abspath(name)!r}: RecBole puts its log and TensorBoard files into the "
                 "current folder and checkpoints into checkpoint_dir; change to a folder that you may write to"
             )
-    present = set(root.handlers)
-    init_logger(config)
-    for handler in set(root.handlers) - present:
-        handler.set_name(_HANDLER_NAME)
-    return root
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from hstu_plugin._versions import runtime_versions
+from hstu_plugin._versions import runtime_versions, source_commit
 
 RUN_FORMAT = "hstu-plugin/run"
 COMPARISON_FORMAT = "hstu-plugin/comparison"
@@ -126,6 +127,7 @@ def run_record(
     config = result.config
     final = {str(k): v for k, v in config.final_config_dict.items()}
     history = [plain(epoch) for epoch in result.history]
+    commit = source_commit()
     return {
         "format": RUN_FORMAT,
         "format_version": FORMAT_VERSION,
@@ -154,6 +156,7 @@ def run_record(
         "files": dict(files or {}),
         "versions": runtime_versions(),
         "machine": machine(),
+        **({"commit": commit} if commit else {}),
     }
 
 
@@ -173,9 +176,13 @@ def best_epoch(history: Sequence[Mapping[str, Any]], *, bigger: bool = True) -> 
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record, all of it or nothing."""
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write all of it or nothing: a killed run leaves no half file behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -239,9 +246,27 @@ def compare_records(records: Iterable[Record], *, deltas: tuple[str, str] | None
         "versions": runs[0]["versions"],
         "machine": runs[0]["machine"],
     }
+    commits = sorted({run["commit"] for run in runs if run.get("commit")})
+    if commits:
+        comparison["commit"] = ", ".join(commits)
     if deltas:
         comparison["deltas"] = _deltas(groups, *deltas)
     return comparison
+
+
+def take_timing(comparison: Record, timing: Mapping[str, Any]) -> None:
+    """Replace each model's seconds of a pass by those of ``timing``: measured alone, on one machine.
+
+    Raises:
+        ReportError: ``timing`` is of another data set or lacks a model.
+    """
+    if timing["dataset"] != comparison["dataset"]:
+        raise ReportError(f"timing: expected data set {comparison['dataset']}, got {timing['dataset']}")
+    for label, group in comparison["models"].items():
+        if label not in timing["models"]:
+            raise ReportError(f"timing: expected the model {label}, got {', '.join(timing['models'])}")
+        group["seconds_per_pass"] = timing["models"][label]["seconds_per_pass"]
+    comparison["timing"] = {key: timing.get(key) for key in ("created", "machine", "commit", "note")}
 
 
 def config_table(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
@@ -317,17 +342,30 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         shown = [n for n in _shown_metrics(comparison["models"]) if n in delta["mean"]]
         parts = [f"{metric_name(n)} {delta['mean'][n]:+.4f} (lowest {delta['min'][n]:+.4f})" for n in shown]
         lines += ["", f"{delta['of']} minus {delta['over']}, seed by seed: {', '.join(parts)}."]
-    args, on, versions = comparison["protocol"]["eval_args"] or {}, comparison["machine"], comparison["versions"]
-    device = ", ".join(on["gpus"]) or f"{on['cpu']}, {on['threads']} threads"
-    known = ", ".join(
-        f"{name} {versions[name]}" for name in ("python", "torch", "recbole", "numpy") if name in versions
-    )
-    lines += [
-        "",
-        f"Protocol: split {args.get('split')}, order {args.get('order')}, {args.get('mode')} ranking. "
-        f"{device}; {known}.",
-    ]
+    args = comparison["protocol"]["eval_args"] or {}
+    mode = args.get("mode")
+    mode = " / ".join(sorted(set(mode.values()))) if isinstance(mode, Mapping) else mode
+    split = ", ".join(f"{k} {v}" for k, v in (args.get("split") or {}).items())
+    lines += ["", f"Protocol: split {split}, order {args.get('order')}, {mode} ranking. {provenance(comparison)}"]
     return "\n".join(lines) + "\n"
+
+
+def provenance(comparison: Mapping[str, Any]) -> str:
+    """Machines, versions, commit and note of a comparison, in a sentence or two."""
+    versions = comparison["versions"]
+    by_machine: dict[str, list[str]] = {}
+    for label, group in comparison["models"].items():
+        for run in group.get("runs", [{}]):
+            on = run.get("machine") or comparison["machine"]
+            name = ", ".join(on["gpus"]) or f"{on['cpu']}, {on['threads']} threads"
+            if label not in by_machine.setdefault(name, []):
+                by_machine[name].append(label)
+    machines = [f"{name} ({', '.join(of)})" if len(by_machine) > 1 else name for name, of in by_machine.items()]
+    known = [f"{name} {versions[name]}" for name in ("python", "torch", "recbole", "numpy") if name in versions]
+    # Twelve digits name a commit well enough.
+    commits = [re.sub(r"^(\w{12})\w+", r"\1", commit) for commit in comparison.get("commit", "").split(", ") if commit]
+    text = "; ".join([*machines, ", ".join(known), *(["commit " + ", ".join(commits)] if commits else [])]) + "."
+    return f"{text} {comparison['note']}" if comparison.get("note") else text
 
 
 def metric_name(name: str) -> str:

@@ -17,8 +17,8 @@ from hstu_plugin.adapters.recbole.prepare import (
     make_model,
     make_trainer,
     quiet_recbole,
+    run_log,
     seed_all,
-    start_log,
 )
 from hstu_plugin.adapters.recbole.register import register
 from hstu_plugin.adapters.recbole.resume import resume_run
@@ -126,22 +126,22 @@ def run(
         if exact_time:
             load_exact_time(config)
         seed_all(config)
-        logger = start_log(config)
-        logger.info(config)
-        data, loaders = make_data(config)
-        seed_all(config, config["local_rank"])
-        network = make_model(config, loaders[0])
-        logger.info(network)
-        trainer = make_trainer(config, network)
-        if resume is not None:
-            resume_run(trainer, config, resume)
-        shown = config["show_progress"] if show_progress is None else show_progress
-        train_data, valid_data, test_data = loaders
-        score, valid_result = trainer.fit(train_data, valid_data, saved=saved, show_progress=shown)
-        test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=shown)
+        with run_log(config) as logger:
+            logger.info(config)
+            data, loaders = make_data(config)
+            seed_all(config, config["local_rank"])
+            network = make_model(config, loaders[0])
+            logger.info(network)
+            trainer = make_trainer(config, network)
+            if resume is not None:
+                resume_run(trainer, config, resume)
+            shown = config["show_progress"] if show_progress is None else show_progress
+            train_data, valid_data, test_data = loaders
+            score, valid_result = trainer.fit(train_data, valid_data, saved=saved, show_progress=shown)
+            test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=shown)
+            logger.info(f"best valid: {valid_result}")
+            logger.info(f"test result: {test_result}")
     history = getattr(trainer, "history", [])
-    logger.info(f"best valid: {valid_result}")
-    logger.info(f"test result: {test_result}")
     return RunResult(
         config=config,
         dataset=data,

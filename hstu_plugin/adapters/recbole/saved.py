@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """``path``, or the best model's checkpoint of the run whose directory it is.
+    """``path``, or the checkpoint of the newest run in that directory: the best model's, else the latest state.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if path.is_file():
         return path
-    files = [*path.glob("*.pth"), *(path / launch.CHECKPOINTS).glob("*.pth")]
-    # The latest state, from which a training goes on, lies beside the best one.
-    found = [file for file in files if not file.stem.endswith("-last")]
+    found = [*path.glob("*.pth"), *(path / launch.CHECKPOINTS).glob("*.pth")]
     if not found:
         raise FileNotFoundError(f"{path}: neither a checkpoint nor the directory of a run that has one")
-    return max(found, key=lambda file: file.stat().st_mtime)
+    from hstu_plugin.adapters.recbole.checkpoint import best_path
+
+    newest = max(found, key=lambda file: file.stat().st_mtime)
+    # The latest state, from which a training goes on, lies beside the best one and is often newer.
+    best = best_path(newest)
+    return best if best.is_file() else newest
 
 
 def evaluate(console: Console, path: Path, *, split: str = "test", output: Path | None = None) -> dict[str, float]:

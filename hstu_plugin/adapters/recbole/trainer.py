@@ -54,6 +54,7 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
         super().__init__(config, model)
         self.history: list[EpochRecord] = []
         self.checkpoint_every = run_options(config.final_config_dict).checkpoint_every
+        self.detect_anomaly = run_options(config.final_config_dict).detect_anomaly
         # RecBole names by the second, at which two runs of one sweep may well start.
         name = Path(self.saved_model_file)
         self.saved_model_file = str(name.with_name(f"{name.stem}-{secrets.token_hex(3)}{name.suffix}"))
@@ -91,7 +92,10 @@ class SafeTrainer(Trainer):  # type: ignore[misc]
         if self._saved and epoch_idx > self.start_epoch and epoch_idx % self.checkpoint_every == 0:
             self._save_last(epoch_idx - 1)
         began = time.perf_counter()
-        losses = super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
+        # One of RecBole's models switches autograd's anomaly detection on for the whole process when it is imported,
+        # and RecBole imports all of them: every operation then keeps a stack trace and looks for NaN.
+        with torch.autograd.set_detect_anomaly(self.detect_anomaly):
+            losses = super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
         seconds = time.perf_counter() - began
         loss = sum(losses) if isinstance(losses, tuple) else losses
         self.history.append({"epoch": epoch_idx, "train_loss": float(loss or 0.0), "train_seconds": seconds})

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hstu_kernels.bias import RelativeBias, bucket_boundaries, next_event_timestamps, position_index, time_buckets
@@ -118,7 +119,8 @@ def _plan_group(
     # Without targets and tail the mask is the same for all sequences; padding rows are cut off later.
     uniform = layout.num_targets is None and mask.full_attn_tail_len == 0 and not mask.contextual_sees_history
     ends = torch.tensor(longest, device=device) if uniform else histories[:, None, None]
-    history_ends = {m[2] for m in members}
+    # Shorter sequences' ends would pass their padding rows for targets, which see everything.
+    history_ends = {longest} if uniform else {m[2] for m in members}
     positions = rows[None, :] if layout.num_targets is None else torch.minimum(rows, histories[:, None])
     pos_table = None if bias is None else bias.pos_table
     bounds = bucket_boundaries(bias.num_buckets, device) if bias is not None and times is not None else None
@@ -239,6 +241,7 @@ class _EagerAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, pos_table, time_table = ctx.saved_tensors
         alpha, scale = ctx.alpha, ctx.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from recbole.config import Config
 
 from hstu_plugin import _hook
@@ -104,6 +106,8 @@ def test_stock_script_without_user_code(tiny: dict[str, Any], tmp_path: Path, fi
         from recbole.quick_start import run_recbole
         import sys
         print(run_recbole(model="HSTU", dataset="tiny", config_dict={tiny!r})["test_result"])
+        import torch
+        print("anomaly detection", torch.is_anomaly_enabled())
         print("stub left" if hasattr(sys.modules.get("ray"), "__hstu_plugin_stub__") else "no stub")
         """,
         tmp_path / "site",
@@ -111,6 +115,7 @@ def test_stock_script_without_user_code(tiny: dict[str, Any], tmp_path: Path, fi
     assert done.returncode == 0, done.stderr
     assert "ndcg@10" in done.stdout
     assert "no stub" in done.stdout
+    assert "anomaly detection False" in done.stdout
 
 
 @pytest.mark.slow
@@ -125,6 +130,17 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         """
     )
     assert done.stdout.strip() == "[] 2 str", done.stderr
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_no_model_of_recbole_switches_anomaly_detection_on(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    name = "recbole.model.sequential_recommender.sine"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with torch.autograd.set_detect_anomaly(wanted):
+        module = importlib.import_module(name)
+        assert torch.is_anomaly_enabled() is wanted
+    assert module.SINE.__name__ == "SINE"
+    assert type(module.__loader__).__module__ != "hstu_plugin.adapters.recbole.compat"
 
 
 def test_activate_twice_adds_nothing() -> None:

@@ -41,7 +41,10 @@ def test_a_resumed_training_goes_on_with_the_same_rates() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"lr_schedule": "linear"}, "^lr_schedule: expected one of constant, cosine"), ({"warmup_steps": -1}, "^warmup_steps")],
+    [
+        ({"lr_schedule": "linear"}, "^lr_schedule: expected one of constant, cosine"),
+        ({"warmup_steps": -1}, "^warmup_steps"),
+    ],
 )
 def test_bad_values_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hstu_plugin.adapters.recbole import launch, report
+from hstu_plugin.adapters.recbole import launch, report, saved, settings
 from hstu_plugin.adapters.recbole.cli import main
 
 from .conftest import run_record
@@ -201,6 +202,65 @@ def test_new_output_dirs_never_collide(tmp_path: Path):
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": ":".join(p for p in sys.path if p)}
+
+
+def test_defaults_are_not_shown_as_the_users(trained: tuple[Path, Result], cli: CliRunner, atomic_root: Path):
+    words = [line.split() for line in trained[1].output.splitlines()]
+    assert ["dataset", "tiny", "you"] in words
+    assert ["model", "HSTU", "command"] in words
+
+
+@pytest.mark.parametrize(
+    ("named", "files", "recipes", "origin"),
+    [
+        ({"model", "dataset"}, (), ("ml-100k",), "you"),
+        ((), ("mine.yaml",), ("ml-1m",), "you"),
+        ((), (), ("ml-100k",), "recipe"),
+        ((), (), (), "command"),
+    ],
+)
+def test_who_named_model_and_data_set(
+    tmp_path: Path, named: set[str], files: tuple[str, ...], recipes: tuple[str, ...], origin: str
+):
+    (tmp_path / "mine.yaml").write_text("model: HSTU\ndataset: ml-100k\n")
+    request = launch.Request(
+        model="HSTU",
+        dataset="ml-100k",
+        output_dir=tmp_path,
+        recipes=tuple(settings.recipe_path(name) for name in recipes),
+        config_files=tuple(tmp_path / name for name in files),
+        named=frozenset(named),
+    )
+    for key, value in (("model", "HSTU"), ("dataset", "ml-100k")):
+        assert next(name for name, values in request.layers() if key in values) == origin
+        assert request.asked()[key] == value
+
+
+def test_a_run_directory_means_its_best_model(tmp_path: Path):
+    folder = tmp_path / launch.CHECKPOINTS
+    folder.mkdir()
+    for age, name in enumerate(["b-last.pth", "b.pth", "a-last.pth"]):
+        (folder / name).touch()
+        os.utime(folder / name, (1000 - age, 1000 - age))
+    # The newest file is the latest state; the best model of the same run lies beside it.
+    assert saved.find_checkpoint(tmp_path).name == "b.pth"
+    assert saved.find_checkpoint(folder).name == "b.pth"
+    assert saved.find_checkpoint(folder / "b-last.pth").name == "b-last.pth"
+    # A run that was stopped before its first validation has no best model yet.
+    os.utime(folder / "a-last.pth", (2000, 2000))
+    assert saved.find_checkpoint(tmp_path).name == "a-last.pth"
+
+
+def test_report_records_a_comparison(cli: CliRunner, tmp_path: Path):
+    for seed in (1, 2):
+        report.write_json(tmp_path / f"{seed}.json", run_record(seed=seed, commit="a" * 40))
+    out = tmp_path / "results" / "tiny.json"
+    result = cli.invoke(main, ["report", str(tmp_path / "1.json"), str(tmp_path / "2.json"), "--record", str(out)])
+    assert result.exit_code == 0, result.output
+    comparison = report.read_json(out, report.COMPARISON_FORMAT)
+    assert comparison["models"]["HSTU"]["seeds"] == [1, 2]
+    assert comparison["commit"] == "a" * 40
+    again = cli.invoke(main, ["report", str(out), "--record", str(tmp_path / "x.json")])
+    assert again.exit_code == 2
+    assert "--record: none of the files is a run" in again.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_popularity_counts_training_events_and_ranks_the_same_rows(compared: tup
     tokens = pop.dataset.field2id_token["item_id"]
     counts = {str(tokens[i]): int(n) for i, n in enumerate(pop.model.counts.tolist()) if n}
     assert counts == dict(expected)
+
+
+def test_popularity_is_found_again_by_name(
+    compared: tuple[Path, Result], cli: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # As in a process that has not trained it.
+    monkeypatch.delitem(sys.modules, "recbole.model.sequential_recommender.popularitysequential", raising=False)
+    run_dir = compared[0] / "out" / "Pop-seed-1"
+    result = cli.invoke(main, ["evaluate", str(run_dir), "--output", str(tmp_path / "m.json")])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "m.json").read_text())["test"] == report.read_json(run_dir / "result.json")["test"]
+    result = cli.invoke(main, ["recommend", str(run_dir), "--user", "u3", "--topk", "3", "--json"])
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)[0]["items"]) == 3
 
 
 def _pairs(loaded: object) -> set[tuple[str, str]]:

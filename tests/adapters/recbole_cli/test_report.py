@@ -178,3 +178,15 @@ def test_learning_curve_is_a_png(tmp_path: Path, records: list[dict[str, object]
 def test_learning_curve_needs_runs(tmp_path: Path):
     with pytest.raises(ValueError, match="at least one run"):
         curves.learning_curve([], tmp_path / "c.png")
+
+
+def test_comparisons_name_the_commits_of_their_runs():
+    clean, dirty = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "01234567-dirty"
+    runs = [run_record(seed=1, commit=dirty), run_record(seed=2, commit=clean), run_record(seed=3)]
+    comparison = report.compare_records(runs)
+    assert comparison["commit"] == f"{clean}, {dirty}"
+    last = report.comparison_markdown(comparison).splitlines()[-1]
+    assert last.endswith("; commit 0123456789ab, fedcba987654-dirty.")
+    without = report.compare_records([run_record()])
+    assert "commit" not in without
+    assert "commit" not in report.comparison_markdown(without)

@@ -1,0 +1,1 @@
+"""Measurements of this project, and the tables made from what they recorded."""

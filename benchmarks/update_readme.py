@@ -1,0 +1,136 @@
+"""Bring the tables of README.md up to date with the recorded results: ``python -m benchmarks.update_readme [--check]``.
+
+A table stands between ``<!-- results:NAME begin -->`` and ``<!-- results:NAME end -->``. NAME is a comparison recorded
+as ``recbole_configs/results/NAME.json`` or ``benchmarks/results/NAME.json``, or ``versions`` (the releases that fit
+together), ``recipes`` (the settings that come with the package), or ``summary`` (recorded results beside those of
+``benchmarks/published.yaml``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from hstu_plugin._versions import version_table
+from hstu_plugin.adapters.recbole import report, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("recbole_configs/results", "benchmarks/results")
+
+_MARKER = re.compile(r"<!-- results:(\S+) (begin|end) -->")
+
+
+class MarkerError(ValueError):
+    """Markers that do not pair, or name nothing that is recorded."""
+
+
+def updated(text: str, root: Path = ROOT) -> str:
+    """``text`` with every marked block made anew from the results recorded under ``root``.
+
+    Raises:
+        MarkerError: there are no markers, they do not pair, or one names nothing that is recorded.
+        ReportError: a file of that name is no comparison.
+    """
+    markers = list(_MARKER.finditer(text))
+    if not markers:
+        raise MarkerError("expected markers such as <!-- results:versions begin -->, found none")
+    names = [marker[1] for marker in markers[::2]]
+    for begin, end in zip(markers[::2], [*markers[1::2], None], strict=False):
+        if begin[2] != "begin" or end is None or (end[1], end[2]) != (begin[1], "end"):
+            at = text.count("\n", 0, begin.start()) + 1
+            raise MarkerError(f"line {at}: {begin[0]} has no partner: begin and end must follow each other")
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise MarkerError(f"results:{sorted(twice)[0]} is marked twice")
+    parts, done = [], 0
+    for begin, end in zip(markers[::2], markers[1::2], strict=True):
+        parts += [text[done : begin.end()], "\n", _block(begin[1], root)]
+        done = end.start()
+    return "".join(parts) + text[done:]
+
+
+def _block(name: str, root: Path) -> str:
+    if name == "versions":
+        return _versions()
+    if name == "recipes":
+        return _recipes()
+    if name == "summary":
+        return _summary(root)
+    return report.comparison_markdown(_recorded(name, root))
+
+
+def _recorded(name: str, root: Path) -> report.Record:
+    found = [path for folder in FOLDERS if (path := root / folder / f"{name}.json").is_file()]
+    if not found:
+        known = sorted(path.stem for folder in FOLDERS for path in (root / folder).glob("*.json"))
+        raise MarkerError(f"results:{name}: expected one of {', '.join(['versions', 'recipes', 'summary', *known])}")
+    if len(found) > 1:
+        raise MarkerError(f"results:{name}: recorded twice, as {' and '.join(map(str, found))}")
+    return report.read_json(found[0], report.COMPARISON_FORMAT)
+
+
+def _summary(root: Path) -> str:
+    """HSTU's recorded metrics beside the published ones, and a line on where and how each was recorded."""
+    published = yaml.safe_load((root / "benchmarks/published.yaml").read_text(encoding="utf-8"))
+    metrics = ("hit@10", "ndcg@10")
+    rows, remarks = [], []
+    for name, theirs in published.items():
+        recorded = _recorded(name, root)
+        group = recorded["models"]["HSTU"]
+        cells = []
+        for metric in metrics:
+            mean, std = (group["test"][part][metric] for part in ("mean", "std"))
+            # One seed has no spread.
+            spread = "" if std is None else f" ± {std:.4f}"
+            cells += [f"**{mean:.4f}**{spread}", f"{theirs[metric]:.4f}"]
+        rows.append([theirs["title"], str(len(group["seeds"])), *cells, theirs["source"]])
+        remarks.append(f"`{name}`: {group['epochs']:.0f} epochs; {report.provenance(recorded)}")
+    header = ["data and recipe", "seeds"]
+    for metric in metrics:
+        header += [report.metric_name(metric), "published"]
+    return _table([*header, "published by"], rows) + "\n" + "".join(f"- {remark}\n" for remark in remarks)
+
+
+def _versions() -> str:
+    rows = version_table()
+    return _table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _recipes() -> str:
+    rows = [[f"`{name}`", settings.describe_recipe(path)] for name, path in settings.recipes().items()]
+    return _table(["recipe", "what it is"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite the file, or with ``--check`` only look; returns 1 for a file that is stale, exits with 2 on errors."""
+    parser = argparse.ArgumentParser(prog="update_readme", description="Bring the tables of a README up to date.")
+    parser.add_argument("file", nargs="?", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the file is stale")
+    options = parser.parse_args(argv)
+    try:
+        old = options.file.read_text(encoding="utf-8")
+        new = updated(old)
+    except OSError as error:
+        parser.error(f"{options.file}: {error.strerror}")
+    except ValueError as error:
+        parser.error(f"{options.file}: {error}")
+    if new == old:
+        return 0
+    if options.check:
+        print(f"{options.file} is stale; run `make readme`")
+        return 1
+    report.write_text(options.file, new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""The tables of a README, made from recorded results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import update_readme
+from hstu_plugin._versions import version_table
+from hstu_plugin.adapters.recbole import report, settings
+
+README = update_readme.ROOT / "README.md"
+
+
+def block(name: str, content: str = "") -> str:
+    return f"<!-- results:{name} begin -->\n{content}<!-- results:{name} end -->\n"
+
+
+def comparison(ndcg: float = 0.125) -> dict[str, Any]:
+    values = {"mean": {"ndcg@10": ndcg}, "std": {"ndcg@10": None}}
+    return {
+        "format": report.COMPARISON_FORMAT,
+        "format_version": report.FORMAT_VERSION,
+        "dataset": "tiny",
+        "protocol": {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}},
+        "models": {"HSTU": {"seeds": [1], "test": values, "epochs": 3, "seconds_per_pass": 2.0}},
+        "versions": {"torch": "2.13"},
+        "machine": {"cpu": "a CPU", "threads": 2, "gpus": []},
+    }
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    report.write_json(tmp_path / "recbole_configs/results/tiny.json", comparison())
+    report.write_json(tmp_path / "benchmarks/results/speed.json", comparison(0.25))
+    return tmp_path
+
+
+def test_blocks_are_replaced_and_the_rest_stays(root: Path) -> None:
+    marked = [block("tiny", "stale row\n"), block("speed"), block("versions"), block("recipes")]
+    text = "# Title\n\n" + "between\n".join(marked) + "the end"
+    new = update_readme.updated(text, root)
+    assert new.startswith("# Title\n\n<!-- results:tiny begin -->\n| model | seeds | NDCG@10 |")
+    assert "| HSTU | 1 | 0.1250 | 3 | 2.0 |" in new
+    assert "| HSTU | 1 | 0.2500 | 3 | 2.0 |" in new
+    assert "stale row" not in new
+    assert "between\n" in new
+    assert new.endswith("<!-- results:recipes end -->\nthe end")
+    for row in version_table():
+        assert f"| {' | '.join(row.values())} |\n" in new
+    for name, path in settings.recipes().items():
+        assert f"| `{name}` | {settings.describe_recipe(path)} |\n" in new
+    assert update_readme.updated(new, root) == new
+
+
+@pytest.mark.parametrize(("std", "shown"), [(0.001, "**0.1250** ± 0.0010"), (None, "**0.1250**")])
+def test_summary_puts_recorded_beside_published(root: Path, std: float | None, shown: str) -> None:
+    recorded = comparison()
+    recorded["models"]["HSTU"]["test"] = {
+        part: dict.fromkeys(("hit@10", "ndcg@10"), value) for part, value in (("mean", 0.125), ("std", std))
+    }
+    report.write_json(root / "recbole_configs/results/tiny.json", recorded)
+    published = {"tiny": {"title": "Tiny", "source": "a paper", "hit@10": 0.2, "ndcg@10": 0.1}}
+    (root / "benchmarks/published.yaml").write_text(json.dumps(published))
+    new = update_readme.updated(block("summary"), root)
+    assert f"| Tiny | 1 | {shown} | 0.2000 | {shown} | 0.1000 | a paper |" in new
+    assert "- `tiny`: 3 epochs; " in new
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no markers", "expected markers"),
+        (block("other"), "results:other: expected one of versions, recipes, summary, speed, tiny"),
+        ("one\n<!-- results:tiny begin -->", "line 2: <!-- results:tiny begin --> has no partner"),
+        ("<!-- results:tiny end -->", "results:tiny end --> has no partner"),
+        ("<!-- results:tiny begin --><!-- results:speed end -->", "results:tiny begin --> has no partner"),
+        (f"<!-- results:tiny begin -->{block('speed')}<!-- results:tiny end -->", "tiny begin --> has no partner"),
+        (block("tiny") * 2, "results:tiny is marked twice"),
+    ],
+)
+def test_markers_that_make_no_sense(root: Path, text: str, message: str) -> None:
+    with pytest.raises(update_readme.MarkerError, match=message):
+        update_readme.updated(text, root)
+
+
+def test_a_name_recorded_in_both_folders(root: Path) -> None:
+    report.write_json(root / "benchmarks/results/tiny.json", comparison())
+    with pytest.raises(update_readme.MarkerError, match="recorded twice"):
+        update_readme.updated(block("tiny"), root)
+
+
+def test_a_file_that_is_no_comparison(root: Path) -> None:
+    (root / "benchmarks/results/speed.json").write_text(json.dumps({"format": "other"}))
+    with pytest.raises(report.ReportError, match=r"speed\.json: expected a file of format"):
+        update_readme.updated(block("speed"), root)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "README.md"
+    stale = block("versions", "stale row\n")
+    file.write_text(stale)
+    assert update_readme.main([str(file), "--check"]) == 1
+    assert "stale; run `make readme`" in capsys.readouterr().out
+    assert file.read_text() == stale
+    assert update_readme.main([str(file)]) == 0
+    assert "2.13.*" in file.read_text()
+    assert update_readme.main([str(file), "--check"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    file.write_text(block("nothing"))
+    for words, message in (([str(file)], "results:nothing"), ([str(tmp_path / "none.md")], "No such file")):
+        with pytest.raises(SystemExit) as exit_info:
+            update_readme.main([*words, "--check"])
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not README.is_file(), reason="there is no README.md")
+def test_the_readme_is_up_to_date() -> None:
+    assert update_readme.main(["--check"]) == 0
