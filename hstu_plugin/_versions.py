@@ -17,8 +17,6 @@ from pathlib import Path
 PYTHON_MIN = (3, 11)
 PYTHON_BELOW = (3, 13)
 TORCH_MIN = (2, 6)
-# Our kernels need at least this Triton. An older one is no error: the reference backend runs without any.
-KERNEL_TRITON_MIN = (3, 6)
 PANDAS_BELOW_FOR_RECBOLE = (3, 0)
 DOORS = ("recbole", "torchrec")
 
@@ -33,18 +31,37 @@ class Match:
     triton: Release
     fbgemm: Release
     torchrec: Release
+    run: str = "the range allows it; not run by us"
 
 
 # triton: the requirement in torch's own metadata. fbgemm: FBGEMM's release table, one release per torch release.
 MATCHES = (
-    Match(torch=(2, 6), triton=(3, 2), fbgemm=(1, 1), torchrec=(1, 1)),
+    Match(
+        torch=(2, 6),
+        triton=(3, 2),
+        fbgemm=(1, 1),
+        torchrec=(1, 1),
+        run="the test suite, CPU, Python 3.11",
+    ),
     Match(torch=(2, 7), triton=(3, 3), fbgemm=(1, 2), torchrec=(1, 2)),
     Match(torch=(2, 8), triton=(3, 4), fbgemm=(1, 3), torchrec=(1, 3)),
     Match(torch=(2, 9), triton=(3, 5), fbgemm=(1, 4), torchrec=(1, 4)),
     Match(torch=(2, 10), triton=(3, 6), fbgemm=(1, 5), torchrec=(1, 5)),
-    Match(torch=(2, 11), triton=(3, 6), fbgemm=(1, 6), torchrec=(1, 6)),
+    Match(
+        torch=(2, 11),
+        triton=(3, 6),
+        fbgemm=(1, 6),
+        torchrec=(1, 6),
+        run="trainings and the CUDA tests on an H100, Python 3.12",
+    ),
     Match(torch=(2, 12), triton=(3, 7), fbgemm=(1, 7), torchrec=(1, 7)),
-    Match(torch=(2, 13), triton=(3, 7), fbgemm=(1, 8), torchrec=(1, 8)),
+    Match(
+        torch=(2, 13),
+        triton=(3, 7),
+        fbgemm=(1, 8),
+        torchrec=(1, 8),
+        run="installed by `make install`; the test suite, CPU, Python 3.11",
+    ),
     Match(torch=(2, 14), triton=(3, 8), fbgemm=(1, 9), torchrec=(1, 9)),
 )
 # The row that constraints.txt installs.
@@ -120,19 +137,16 @@ def source_commit(root: Path | None = None) -> str | None:
 
 
 def version_table() -> list[dict[str, str]]:
-    """The supported rows, newest first, in words: columns torch, triton, fbgemm-gpu, torchrec and use."""
+    """The supported rows, newest first, in words: columns torch, triton, fbgemm-gpu, torchrec and what we ran."""
     rows = []
     for match in reversed(MATCHES):
-        use = "any backend" if match.triton >= KERNEL_TRITON_MIN else "reference backend only: this Triton is too old"
-        if match is TESTED:
-            use += "; installed by `make install`"
         rows.append(
             {
                 "torch": f"{_text(match.torch)}.*",
                 "triton": f"{_text(match.triton)}.*",
                 "fbgemm-gpu": f"{_text(match.fbgemm)}.*",
                 "torchrec": f"{_text(match.torchrec)}.*",
-                "use": use,
+                "run by us": match.run,
             }
         )
     return rows

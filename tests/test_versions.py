@@ -101,7 +101,7 @@ def test_runtime_versions_name_the_machine_and_what_is_installed() -> None:
 def test_version_table_has_one_row_per_torch_and_marks_ours() -> None:
     rows = version_table()
     assert len({row["torch"] for row in rows}) == len(rows) == len(_versions.MATCHES)
-    assert [row["torch"] for row in rows if "make install" in row["use"]] == ["2.13.*"]
+    assert [row["torch"] for row in rows if "make install" in row["run by us"]] == ["2.13.*"]
     assert all(row.keys() == rows[0].keys() for row in rows)
 
 
