@@ -180,6 +180,6 @@ def _seen(run: Trained, user: str) -> Counter[str]:
     separator = config["field_separator"]
     path = Path(dataset.dataset_path) / f"{dataset.dataset_name}.inter"
     fields = (config["USER_ID_FIELD"], config["ITEM_ID_FIELD"])
-    frame = pd.read_csv(path, sep=separator, dtype=str, usecols=lambda name: name.partition(":")[0] in fields)
+    frame = pd.read_csv(path, sep=separator, dtype=str, usecols=lambda name: str(name).partition(":")[0] in fields)
     frame = frame.set_axis([str(name).partition(":")[0] for name in frame.columns], axis=1)
     return Counter(frame.loc[frame[fields[0]] == user, fields[1]].tolist())
