@@ -331,5 +331,6 @@ def test_chunked_softmax_has_no_second_derivative() -> None:
     users, items = tensors()
     users.requires_grad_()
     (slope,) = torch.autograd.grad(full_softmax(users, items).square(), users, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    # torch 2.6 words it differently
+    with pytest.raises(RuntimeError, match="once_differentiable|custom autograd function"):
         slope.square().sum().backward()

@@ -5,6 +5,7 @@ Only the standard library and click are imported until a command runs, so that h
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,9 @@ def main() -> None:
 
     Options without a command mean the command `train`; `hstu-recbole train --help` lists them.
     """
+    # Read when torch is loaded, later. By default OpenMP's threads spin while they wait for each other; on two cores one
+    # other busy program then makes a training fifteen times as slow, where sleeping threads lose their fair share.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @main.command(short_help="Train and evaluate a model; the command when none is given.", context_settings=_OPEN)

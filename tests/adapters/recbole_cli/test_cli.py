@@ -23,6 +23,17 @@ def train(cli: CliRunner, data: Path, *options: str) -> Result:
     return cli.invoke(main, ["--dataset=tiny", f"--data_path={data}", *SMALL, *options])
 
 
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+    assert CliRunner().invoke(main, ["recipes"]).exit_code == 0
+    assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+
+
 def test_help_is_instant_and_imports_nothing_heavy():
     code = (
         "import sys; from hstu_plugin.adapters.recbole.cli import main\n"
