@@ -332,5 +332,5 @@ def test_chunked_softmax_has_no_second_derivative() -> None:
     users.requires_grad_()
     (slope,) = torch.autograd.grad(full_softmax(users, items).square(), users, create_graph=True)
     # torch 2.6 words it differently
-    with pytest.raises(RuntimeError, match="once_differentiable|custom autograd function"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|custom autograd function"):
         slope.square().sum().backward()

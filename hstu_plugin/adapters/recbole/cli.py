@@ -71,8 +71,8 @@ def main() -> None:
 
     Options without a command mean the command `train`; `hstu-recbole train --help` lists them.
     """
-    # Read when torch is loaded, later. By default OpenMP's threads spin while they wait for each other; on two cores one
-    # other busy program then makes a training fifteen times as slow, where sleeping threads lose their fair share.
+    # Read when torch is loaded, later. By default OpenMP's threads spin while they wait for each other; on two cores
+    # one other busy program then makes a training fifteen times as slow; sleeping threads lose their fair share only.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
