@@ -1,0 +1,172 @@
+"""What `test_triton_interpreter.py` runs in a process of its own, with TRITON_INTERPRET=1 from its start."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hstu_kernels import (
+    AttentionMask,
+    JaggedLayout,
+    LayerKV,
+    RelativeBias,
+    UnsupportedBackend,
+    hstu_attention,
+    hstu_target_attention,
+    plan_attention,
+)
+from hstu_kernels.attention.triton import plan_triton
+from hstu_kernels.attention.triton.launch import triton_attention
+from hstu_kernels.attention.triton.tiles import Tile, TileSet
+from hstu_kernels.testing import (
+    ATTENTION_CASES,
+    AttentionCase,
+    BiasKind,
+    assert_within_budget,
+    make_inputs,
+    poisoned_empty,
+    run_attention,
+)
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_interpreter.py"
+torch.set_num_threads(1)
+
+# Small blocks: many tiles, edges of every kind, in short sequences.
+SMALL = TileSet(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    mask: AttentionMask,
+    *,
+    alpha: float,
+    scale: float,
+    bias: RelativeBias | None,
+    tiles: TileSet | None = SMALL,
+) -> Tensor:
+    plan = plan_triton(layout, mask, bias)
+    return triton_attention(q, k, v, plan, alpha=alpha, scale=scale, bias=bias, tiles=tiles)
+
+
+# The named cases, short enough for an interpreter, at widths that the kernels serve.
+SHORT = {
+    "length-1000": {"lengths": (130, 63)},
+    "window-prefix-tail-several-blocks": {
+        "lengths": (100, 90, 31),
+        "mask": AttentionMask(max_attn_len=16, global_prefix_len=8, full_attn_tail_len=12),
+    },
+    "window-targets-tail-unequal-histories": {"lengths": (90, 90, 90, 90), "num_targets": (60, 30, 3, 20)},
+    "window-targets-prefix-unequal-histories": {"lengths": (90, 90, 84), "num_targets": (60, 2, 40)},
+    "everything": {"lengths": (70, 0, 33, 69, 5), "num_targets": (20, 0, 4, 60, 2), "qk_dim": 24, "v_dim": 40},
+    "everything-contextual-sees-history": {"lengths": (70, 0, 33, 69, 5), "num_targets": (20, 0, 4, 9, 2)},
+    "three-heads-unequal-widths": {"qk_dim": 20, "v_dim": 33},
+    "contextual-sees-history": {"lengths": (63, 70, 3)},
+    "contextual-window": {"lengths": (80, 63, 3)},
+}
+
+
+def served(case: AttentionCase) -> AttentionCase:
+    widths = {"qk_dim": 16, "v_dim": 16} | SHORT.get(case.name, {})
+    return replace(case, **widths)  # type: ignore[arg-type]
+
+
+CASES = [served(case) for case in ATTENTION_CASES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32_stays_in_the_budget(case: AttentionCase) -> None:
+    assert_within_budget(attention, make_inputs(case, torch.float32), signal=False)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in SHORT], ids=str)
+def test_float16_stays_in_the_budget(case: AttentionCase) -> None:
+    assert_within_budget(attention, make_inputs(case, torch.float16))
+
+
+def test_the_tiles_of_the_table_give_the_same() -> None:
+    inputs = make_inputs(CASES[1], torch.float32)
+    assert_within_budget(functools.partial(attention, tiles=None), inputs, signal=False)
+
+
+def test_through_the_door_with_and_without_a_plan() -> None:
+    case = served(next(case for case in ATTENTION_CASES if case.name == "targets"))
+    inputs = make_inputs(case, torch.float32)
+    assert_within_budget(functools.partial(hstu_attention, backend="triton"), inputs, signal=False)
+    plan = plan_attention(
+        inputs.layout, inputs.mask, bias=inputs.bias, total_rows=inputs.q.shape[0], backend="triton"
+    )
+    arguments = {"alpha": inputs.alpha, "scale": inputs.scale, "bias": inputs.bias, "backend": "triton"}
+    planned = hstu_attention(inputs.q, inputs.k, inputs.v, inputs.layout, inputs.mask, plan=plan, **arguments)  # type: ignore[arg-type]
+    alone = hstu_attention(inputs.q, inputs.k, inputs.v, inputs.layout, inputs.mask, **arguments)  # type: ignore[arg-type]
+    assert torch.equal(planned, alone)
+
+
+def test_every_row_is_written() -> None:
+    inputs = make_inputs(served(ATTENTION_CASES[3]), torch.float32)
+    with poisoned_empty():
+        results = run_attention(attention, inputs)
+    assert all(bool(torch.isfinite(result).all()) for result in results.values())
+
+
+def test_non_contiguous_inputs() -> None:
+    inputs = make_inputs(CASES[1], torch.float32)
+    expected = run_attention(attention, inputs)
+    rows, heads, width = inputs.q.shape
+    packed = torch.cat([inputs.q, inputs.k, inputs.v], 2)
+    views = [part.view(rows, heads, width) for part in packed.split(width, 2)]
+    assert not views[0].is_contiguous()
+    transposed = inputs.q.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    for q in (views[0], transposed):
+        arguments = (q, views[1], views[2], inputs.layout, inputs.mask)
+        got = attention(*arguments, alpha=inputs.alpha, scale=inputs.scale, bias=inputs.bias)
+        assert torch.equal(got, expected["out"])
+
+
+def test_the_launch_bound_is_never_a_number() -> None:
+    inputs = make_inputs(CASES[1], torch.float32)
+    wider = replace(inputs, layout=replace(inputs.layout, max_seq_len=10_000))
+    for name, expected in run_attention(attention, inputs).items():
+        # The position gradient is added up by atomics; one thread runs them in order here.
+        assert torch.equal(run_attention(attention, wider)[name], expected), name
+
+
+def test_buckets_are_exact_at_every_threshold() -> None:
+    """Time differences on both sides of each threshold, far beyond what float32 can tell apart."""
+    num_buckets = 150
+    edges = torch.tensor([int(2.718281828459045 ** (k * 0.301)) for k in range(60, 130)])
+    differences = torch.cat([edges - 1, edges, edges + 1])
+    rows = differences.numel() + 1
+    timestamps = torch.cat([torch.zeros(1, dtype=torch.int64), differences])
+    case = AttentionCase(name="edges", lengths=(rows,), bias=BiasKind.TIME, qk_dim=16, v_dim=16, num_buckets=num_buckets)
+    inputs = make_inputs(case, torch.float32)
+    assert inputs.bias is not None
+    asked = replace(inputs.bias, timestamps=timestamps, row_timestamps=torch.zeros_like(timestamps))
+    assert_within_budget(attention, replace(inputs, bias=asked), signal=False)
+
+
+def test_refusals() -> None:
+    layout = JaggedLayout.from_lengths(torch.tensor([3]))
+    options = {"layout": layout, "mask": AttentionMask(), "alpha": 1.0, "scale": 1.0, "backend": "triton"}
+
+    def attend(dtype: torch.dtype, qk_dim: int, v_dim: int) -> None:
+        q, v = torch.zeros(3, 1, qk_dim, dtype=dtype), torch.zeros(3, 1, v_dim, dtype=dtype)
+        hstu_attention(q, q, v, **options)  # type: ignore[arg-type]
+
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(UnsupportedBackend, match=f"triton .*{dtype}.* use backend='eager'"):
+            attend(dtype, 16, 16)
+    with pytest.raises(UnsupportedBackend, match="16 to 256, got Dqk 15"):
+        attend(torch.float32, 15, 16)
+    with pytest.raises(UnsupportedBackend, match="16 to 256, got Dv 257"):
+        attend(torch.float32, 16, 257)
+    rows = torch.zeros(3, 1, 16)
+    with pytest.raises(UnsupportedBackend, match="no cached target attention yet; use backend='eager'"):
+        hstu_target_attention(rows, rows, rows, LayerKV(rows, rows, layout), **options)  # type: ignore[arg-type]
