@@ -104,6 +104,7 @@ def hstu_bwd_dq_kernel(
     BLOCK_N: tl.constexpr = SHAPE.block_n
     V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
     QK_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.qk_dim
+    BLOCK_QK: tl.constexpr = SHAPE.block_qk
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)
     line, seq_start, seq_len, history_end, row_begin = load_line(work_ptr, program // HEADS)
@@ -118,7 +119,7 @@ def hstu_bwd_dq_kernel(
     # [M, Dqk], [M, Dv]
     q = load_tile(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
     dout = load_tile(dout_ptr, V_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, True)
-    acc = tl.zeros([BLOCK_M, SHAPE.block_qk], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
 
     full0, blocks0, full1, blocks = load_full(line)
     for i in range(0, blocks):
@@ -263,6 +264,8 @@ def hstu_bwd_dkdv_kernel(
     BLOCK_N: tl.constexpr = SHAPE.block_n
     V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
     QK_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.qk_dim
+    BLOCK_QK: tl.constexpr = SHAPE.block_qk
+    BLOCK_V: tl.constexpr = SHAPE.block_v
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)
     line, seq_start, seq_len, history_end, key_begin = load_line(work_ptr, program // HEADS)
@@ -278,8 +281,8 @@ def hstu_bwd_dkdv_kernel(
     # [N, Dqk], [N, Dv]
     k = load_tile(k_ptr, k_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, True)
     v = load_tile(v_ptr, v_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, True)
-    dk = tl.zeros([BLOCK_N, SHAPE.block_qk], tl.float32)
-    dv = tl.zeros([BLOCK_N, SHAPE.block_v], tl.float32)
+    dk = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
     full0, blocks0, full1, blocks = load_full(line)
     for i in range(0, blocks):

@@ -26,11 +26,11 @@ from hstu_kernels.attention.triton.primitives import (
 def _add_by_time(sums, grad, seen, row_times, key_times, bounds_ptr, SHAPE: tl.constexpr, ENTRIES: tl.constexpr):
     """``sums [ENTRIES]`` plus ``grad [M, N]`` reduced by time bucket."""
     bucket = time_bucket(row_times, key_times, bounds_ptr, SHAPE)
-    lowest = tl.min(tl.min(tl.where(seen, bucket, ENTRIES), 1), 0)
-    highest = tl.max(tl.max(tl.where(seen, bucket, -1), 1), 0)
+    lowest = tl.min(tl.where(seen, bucket, ENTRIES))
+    highest = tl.max(tl.where(seen, bucket, -1))
     entry = tl.arange(0, ENTRIES)
     for b in range(lowest, highest + 1):
-        total = tl.sum(tl.sum(tl.where(bucket == b, grad, 0.0), 1), 0)
+        total = tl.sum(tl.where(bucket == b, grad, 0.0))
         sums += tl.where(entry == b, total, 0.0)
     return sums
 
@@ -56,9 +56,9 @@ def _add_by_position(sums_ptr, grad, rows, cols, row_begin, key_begin, history_e
     if row_begin + BLOCK_M > history_end:
         # Targets all stand at the history end, and so do their own keys.
         by_key = tl.sum(tl.where(rows[:, None] >= history_end, grad, 0.0), 0)
-        distance = tl.minimum(cols, history_end) - history_end
-        entry = tl.minimum(tl.maximum(distance, -REACH), REACH) + REACH
-        tl.atomic_add(sums_ptr + entry, by_key, sem="relaxed")
+        to_target = tl.minimum(cols, history_end) - history_end
+        key_entry = tl.minimum(tl.maximum(to_target, -REACH), REACH) + REACH
+        tl.atomic_add(sums_ptr + key_entry, by_key, sem="relaxed")
 
 
 @triton.jit

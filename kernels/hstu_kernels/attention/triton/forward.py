@@ -95,6 +95,7 @@ def hstu_fwd_kernel(
     HEADS: tl.constexpr = SHAPE.heads
     BLOCK_M: tl.constexpr = SHAPE.block_m
     BLOCK_N: tl.constexpr = SHAPE.block_n
+    BLOCK_V: tl.constexpr = SHAPE.block_v
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)
     line, seq_start, seq_len, history_end, row_begin = load_line(work_ptr, program // HEADS)
@@ -106,7 +107,7 @@ def hstu_fwd_kernel(
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     # [M, Dqk], [M, Dv]
     q = load_tile(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
-    acc = tl.zeros([BLOCK_M, SHAPE.block_v], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
     full0, blocks0, full1, blocks = load_full(line)
     for i in range(0, blocks):

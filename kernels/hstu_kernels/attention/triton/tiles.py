@@ -67,7 +67,7 @@ def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype) -> TileSet:
     if width <= 64:
         return TileSet(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2))
     if width <= 128:
-        return TileSet(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2))
+        return TileSet(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2))
     return TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 1))
 
 
