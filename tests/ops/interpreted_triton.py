@@ -26,6 +26,7 @@ from hstu_kernels.attention.triton.tiles import Tile, TileSet
 from hstu_kernels.testing import (
     ATTENTION_CASES,
     AttentionCase,
+    AttentionInputs,
     BiasKind,
     assert_within_budget,
     make_inputs,
@@ -62,7 +63,9 @@ def served(case: AttentionCase) -> AttentionCase:
     targets = case.num_targets
     if targets is not None:
         room = [max(0, length - case.contextual_seq_len - 6) for length in lengths]
-        targets = tuple(min(t, r) if t < n else s for t, n, r, s in zip(targets, case.lengths, room, lengths, strict=False))
+        targets = tuple(
+            min(t, r) if t < n else s for t, n, r, s in zip(targets, case.lengths, room, lengths, strict=False)
+        )
     widths = (24, 40) if case.qk_dim != case.v_dim else (16, 16)
     heads = case.heads if case.name in ("odd-lengths", "three-heads-unequal-widths") else 1
     return replace(case, lengths=lengths, num_targets=targets, heads=heads, qk_dim=widths[0], v_dim=widths[1])
@@ -73,7 +76,7 @@ CASES = [served(case) for case in ATTENTION_CASES]
 IN_HALF = ("odd-lengths", "three-heads-unequal-widths", "everything", "contextual-sees-history", "window-tail")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in IN_HALF], ids=str)
 def test_float32_stays_in_the_budget(case: AttentionCase) -> None:
     assert_within_budget(attention, make_inputs(case, torch.float32), signal=False)
 
@@ -92,9 +95,7 @@ def test_through_the_door_with_and_without_a_plan() -> None:
     case = next(case for case in CASES if case.name == "targets")
     inputs = make_inputs(case, torch.float32)
     assert_within_budget(functools.partial(hstu_attention, backend="triton"), inputs, signal=False)
-    plan = plan_attention(
-        inputs.layout, inputs.mask, bias=inputs.bias, total_rows=inputs.q.shape[0], backend="triton"
-    )
+    plan = plan_attention(inputs.layout, inputs.mask, bias=inputs.bias, total_rows=inputs.q.shape[0], backend="triton")
     arguments = {"alpha": inputs.alpha, "scale": inputs.scale, "bias": inputs.bias, "backend": "triton"}
     planned = hstu_attention(inputs.q, inputs.k, inputs.v, inputs.layout, inputs.mask, plan=plan, **arguments)  # type: ignore[arg-type]
     alone = hstu_attention(inputs.q, inputs.k, inputs.v, inputs.layout, inputs.mask, **arguments)  # type: ignore[arg-type]
@@ -108,26 +109,26 @@ def test_every_row_is_written() -> None:
     assert all(bool(torch.isfinite(result).all()) for result in results.values())
 
 
+def output(inputs: AttentionInputs, **changed: Tensor | JaggedLayout) -> Tensor:
+    arguments = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "layout": inputs.layout, "mask": inputs.mask} | changed
+    return attention(**arguments, alpha=inputs.alpha, scale=inputs.scale, bias=inputs.bias)  # type: ignore[arg-type]
+
+
 def test_non_contiguous_inputs() -> None:
     inputs = make_inputs(CASES[1], torch.float32)
-    expected = run_attention(attention, inputs)
-    rows, heads, width = inputs.q.shape
     packed = torch.cat([inputs.q, inputs.k, inputs.v], 2)
-    views = [part.view(rows, heads, width) for part in packed.split(width, 2)]
-    assert not views[0].is_contiguous()
+    q, k, v = packed.split(inputs.q.shape[2], 2)
+    assert not q.is_contiguous()
+    expected = output(inputs)
+    assert torch.equal(output(inputs, q=q, k=k, v=v), expected)
     transposed = inputs.q.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    for q in (views[0], transposed):
-        arguments = (q, views[1], views[2], inputs.layout, inputs.mask)
-        got = attention(*arguments, alpha=inputs.alpha, scale=inputs.scale, bias=inputs.bias)
-        assert torch.equal(got, expected["out"])
+    assert torch.equal(output(inputs, q=transposed), expected)
 
 
 def test_the_launch_bound_is_never_a_number() -> None:
     inputs = make_inputs(CASES[1], torch.float32)
-    wider = replace(inputs, layout=replace(inputs.layout, max_seq_len=10_000))
-    for name, expected in run_attention(attention, inputs).items():
-        # The position gradient is added up by atomics; one thread runs them in order here.
-        assert torch.equal(run_attention(attention, wider)[name], expected), name
+    wider = replace(inputs.layout, max_seq_len=10_000)
+    assert torch.equal(output(inputs, layout=wider), output(inputs))
 
 
 def test_buckets_are_exact_at_every_threshold() -> None:
@@ -137,7 +138,9 @@ def test_buckets_are_exact_at_every_threshold() -> None:
     differences = torch.cat([edges - 1, edges, edges + 1])
     rows = differences.numel() + 1
     timestamps = torch.cat([torch.zeros(1, dtype=torch.int64), differences])
-    case = AttentionCase(name="edges", lengths=(rows,), bias=BiasKind.TIME, qk_dim=16, v_dim=16, num_buckets=num_buckets)
+    case = AttentionCase(
+        name="edges", lengths=(rows,), bias=BiasKind.TIME, qk_dim=16, v_dim=16, num_buckets=num_buckets
+    )
     inputs = make_inputs(case, torch.float32)
     assert inputs.bias is not None
     asked = replace(inputs.bias, timestamps=timestamps, row_timestamps=torch.zeros_like(timestamps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,15 @@ def test_bfloat16_stays_in_the_budget(case: AttentionCase) -> None:
     # for a shape; that the algorithm is right in every bit that matters is what fp64 shows.
     if case.total_rows:
         assert_within_budget(eager, make_inputs(case, torch.bfloat16, device="cuda"), signal=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@cases
+def test_triton_stays_in_the_budget(case: AttentionCase, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    widths = {"qk_dim": max(16, 4 * case.qk_dim), "v_dim": max(16, 4 * case.v_dim)}
+    inputs = make_inputs(replace(case, **widths), dtype, device="cuda")
+    assert_within_budget(functools.partial(hstu_attention, backend="triton"), inputs, signal=False)
 
 
 @cases

@@ -1,7 +1,7 @@
 """The backward kernels of q, k and v. Each gradient has one owner, so that no two programs write to one place.
 
-    W_ij = SiLU(s_ij),  s_ij = alpha * (q_i . k_j) + rab_ij,  G_ij = (dout_i . v_j) * SiLU'(s_ij)      where visible
-    dv_j = scale sum_i W_ij dout_i,   dk_j = alpha scale sum_i G_ij q_i,   dq_i = alpha scale sum_j G_ij k_j
+W_ij = SiLU(s_ij),  s_ij = alpha * (q_i . k_j) + rab_ij,  G_ij = (dout_i . v_j) * SiLU'(s_ij)      where visible
+dv_j = scale sum_i W_ij dout_i,   dk_j = alpha scale sum_i G_ij q_i,   dq_i = alpha scale sum_j G_ij k_j
 """
 
 import triton
@@ -122,7 +122,7 @@ def hstu_bwd_dq_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
 
     full0, blocks0, full1, blocks = load_full(line)
-    for i in range(0, blocks):
+    for i in range(blocks):
         begin = full_begin(i, full0, blocks0, full1, BLOCK_N)
         acc = _add_keys(
             acc,
@@ -148,7 +148,7 @@ def hstu_bwd_dq_kernel(
             False,
         )
     e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
-    for i in range(0, n4):
+    for i in range(n4):
         begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
         acc = _add_keys(
             acc,
@@ -285,7 +285,7 @@ def hstu_bwd_dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
     full0, blocks0, full1, blocks = load_full(line)
-    for i in range(0, blocks):
+    for i in range(blocks):
         begin = full_begin(i, full0, blocks0, full1, BLOCK_M)
         dk, dv = _add_rows(
             dk,
@@ -311,7 +311,7 @@ def hstu_bwd_dkdv_kernel(
             False,
         )
     e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
-    for i in range(0, n4):
+    for i in range(n4):
         begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_M)
         dk, dv = _add_rows(
             dk,

@@ -1,7 +1,8 @@
 """The backward kernel of the bias tables. The heads share the tables, so it sums over heads before it reduces by entry.
 
-A program owns a query tile. For each key block it rebuilds the gradient of the logits head by head, adds the heads up and
-reduces once: by time bucket (few distinct ones in a block, since times are sorted), by diagonal for the position table.
+A program owns a query tile. For each key block it rebuilds the gradient of the logits head by head, adds the heads up
+and reduces once: by time bucket (few distinct ones in a block, since times are sorted), by diagonal for the position
+table.
 """
 
 import triton
@@ -107,7 +108,7 @@ def hstu_bwd_bias_kernel(
     time_sums = tl.zeros([ENTRIES], tl.float32)
     full0, blocks0, full1, full = load_full(line)
     e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
-    for i in range(0, full + n4):
+    for i in range(full + n4):
         of_edge = edge_begin(i - full, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
         begin = tl.where(i < full, full_begin(i, full0, blocks0, full1, BLOCK_N), of_edge)
         cols = begin + tl.arange(0, BLOCK_N)
@@ -126,10 +127,17 @@ def hstu_bwd_bias_kernel(
             SHAPE,
         )
         grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for h in range(0, HEADS):
+        for h in range(HEADS):
             head = tl.full([], h, tl.int64)
             q = load_tile(
-                q_ptr + head * q_head_stride, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True
+                q_ptr + head * q_head_stride,
+                q_row_stride,
+                row_begin,
+                seq_len,
+                BLOCK_M,
+                SHAPE.qk_dim,
+                SHAPE.block_qk,
+                True,
             )
             k = load_tile(
                 k_ptr + head * k_head_stride, k_row_stride, begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, True

@@ -110,7 +110,7 @@ def hstu_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
     full0, blocks0, full1, blocks = load_full(line)
-    for i in range(0, blocks):
+    for i in range(blocks):
         begin = full_begin(i, full0, blocks0, full1, BLOCK_N)
         acc = _add_keys(
             acc,
@@ -135,7 +135,7 @@ def hstu_fwd_kernel(
             False,
         )
     e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
-    for i in range(0, n4):
+    for i in range(n4):
         begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
         acc = _add_keys(
             acc,

@@ -36,7 +36,8 @@ def triton_attention(
     """Arguments and result as `hstu_kernels.hstu_attention`, with the batch already planned; ``tiles`` for tests."""
     pos_table = None if bias is None else bias.pos_table
     time_table = None if bias is None else bias.time_table
-    tiles = tiles or tile_set(q.shape[2], v.shape[2], q.dtype)
+    biased = pos_table is not None or time_table is not None
+    tiles = tiles or tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased)
     out: Tensor = _TritonAttention.apply(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)  # type: ignore[no-untyped-call]
     return out
 
@@ -212,7 +213,9 @@ def _kernel_shape(
 def _bias_arguments(
     pos_table: Tensor | None, time_table: Tensor | None, plan: TritonPlan
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    tables = [None if table is None else table.detach().to(torch.float32).contiguous() for table in (pos_table, time_table)]
+    tables = [
+        None if table is None else table.detach().to(torch.float32).contiguous() for table in (pos_table, time_table)
+    ]
     return tables[0], tables[1], plan.boundaries, plan.row_times, plan.key_times
 
 

@@ -99,9 +99,7 @@ def time_bucket(row_times, key_times, bounds_ptr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def add_bias(
-    logits, rows, cols, row_times, key_times, history_end, pos_ptr, time_ptr, bounds_ptr, SHAPE: tl.constexpr
-):
+def add_bias(logits, rows, cols, row_times, key_times, history_end, pos_ptr, time_ptr, bounds_ptr, SHAPE: tl.constexpr):
     """``logits`` plus the relative bias of float32 tables; ``rows`` and ``cols`` broadcast to its shape."""
     if SHAPE.reach >= 0:
         logits += tl.load(pos_ptr + position_index(rows, cols, history_end, SHAPE))
@@ -142,9 +140,7 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    ptr, tile, row_stride, begin, seq_len, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+def store_tile(ptr, tile, row_stride, begin, seq_len, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """The counterpart of `load_tile`, always bounded."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -201,9 +197,7 @@ def load_edge(line):
 
 
 @triton.jit
-def edge_begin(
-    i, origin0, blocks0, origin1, blocks1, origin2, blocks2, origin3, blocks3, origin4, BLOCK: tl.constexpr
-):
+def edge_begin(i, origin0, blocks0, origin1, blocks1, origin2, blocks2, origin3, blocks3, origin4, BLOCK: tl.constexpr):
     """First row of edge block ``i``."""
     origin = tl.where(i < blocks3, origin3, origin4)
     origin = tl.where(i < blocks2, origin2, origin)

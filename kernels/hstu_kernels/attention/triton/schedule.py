@@ -1,7 +1,7 @@
 """Which tiles meet which, worked out on the device once for a batch. Imports torch alone.
 
-A work list has one line for each tile that exists, the longest first: no program starts only to find that it has nothing
-to do, and none that starts late runs long. A line says where the tile lies and which blocks of the other side it meets:
+A work list has one line for each tile that exists, the longest first: no program starts only to find that it has
+nothing to do, and none that starts late runs long. A line says where the tile lies and which blocks of the other side it meets:
 full blocks, in which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is visible
 are in neither.
 """
@@ -81,12 +81,12 @@ class Tiles:
 def _tiles(layout: JaggedLayout, block: int) -> Tiles:
     counts = (layout.seq_lengths + block - 1) // block
     total = int(counts.sum())
-    sequence = torch.repeat_interleave(
-        torch.arange(layout.batch_size, device=layout.device), counts, output_size=total
-    )
+    sequence = torch.repeat_interleave(torch.arange(layout.batch_size, device=layout.device), counts, output_size=total)
     before = counts.cumsum(0) - counts
     begin = (torch.arange(total, device=layout.device) - before[sequence]) * block
-    return Tiles(layout.seq_offsets[:-1][sequence], layout.seq_lengths[sequence], layout.history_lengths[sequence], begin)
+    return Tiles(
+        layout.seq_offsets[:-1][sequence], layout.seq_lengths[sequence], layout.history_lengths[sequence], begin
+    )
 
 
 def key_segments(
@@ -112,14 +112,15 @@ def key_segments(
 
     # Keys that every row of the tile sees.
     causal = torch.minimum(first + 1, history)
-    prefix_full = torch.where(from_context, zero, _floor(causal.clamp(max=contextual + mask.global_prefix_len), block_n))
+    prefix_full = torch.where(
+        from_context, zero, _floor(causal.clamp(max=contextual + mask.global_prefix_len), block_n)
+    )
     prefix_full = torch.minimum(prefix_full, prefix_end)
     nearest = (torch.minimum(last - 1, history) - width).clamp(min=0)
-    unlimited = (first >= history - mask.full_attn_tail_len) & (first < history) if mask.full_attn_tail_len else first < 0
-    if mask.window_targets:
-        unlimited = unlimited & (last <= history)
-    else:
-        unlimited = unlimited | (first >= history)
+    unlimited = (
+        (first >= history - mask.full_attn_tail_len) & (first < history) if mask.full_attn_tail_len else first < 0
+    )
+    unlimited = unlimited & (last <= history) if mask.window_targets else unlimited | (first >= history)
     full_begin = torch.maximum(_ceil(torch.where(unlimited | (width == 0), zero, nearest), block_n), begin)
     full_end = _floor(causal, block_n)
     full_begin, full_end = _or_empty(full_begin, full_end, begin, ~from_context)

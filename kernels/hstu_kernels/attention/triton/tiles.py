@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,21 +54,35 @@ class KernelShape:
     exact: bool
 
 
-# The starting points are those of a causal probe at width 128 and 64; the rest of the table is a guess by shared memory and
-# registers, still to be measured: see docs/performance-notes.md.
-def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype) -> TileSet:
-    """The tiles for head widths ``qk_dim`` and ``v_dim``."""
+def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool) -> TileSet:
+    """The tiles for head widths ``qk_dim`` and ``v_dim``, with and without a relative bias.
+
+    Guesses by shared memory and registers around a causal probe at widths 64 and 128, still to be measured:
+    docs/performance-notes.md.
+    """
     width = max(padded_width(qk_dim), padded_width(v_dim))
-    if dtype == torch.float32:
-        # No tensor core in full float32: accumulators and operands both sit in registers.
-        rows = 32 if width > 64 else 64
-        tile = Tile(rows, 32, 4, 2)
-        return TileSet(tile, tile, tile, Tile(32, 32, 4, 2))
-    if width <= 64:
-        return TileSet(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2))
-    if width <= 128:
-        return TileSet(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 2))
-    return TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 1))
+    tiles = _TILES[torch.float32 if dtype == torch.float32 else torch.bfloat16][min(max(width, 64), 256)]
+    if biased:
+        # The pipeline would take table entries for operands, too, and buffer them in shared memory.
+        flat = [replace(tile, num_stages=1) for tile in (tiles.forward, tiles.dq, tiles.dkdv, tiles.bias)]
+        return TileSet(*flat)
+    return tiles
+
+
+_NARROW_FP32, _FP32 = Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)
+_TILES = {
+    # No tensor core in full float32: accumulators and operands both sit in registers.
+    torch.float32: {
+        64: TileSet(_NARROW_FP32, _NARROW_FP32, _NARROW_FP32, _FP32),
+        128: TileSet(_FP32, _FP32, _FP32, _FP32),
+        256: TileSet(_FP32, _FP32, _FP32, _FP32),
+    },
+    torch.bfloat16: {
+        64: TileSet(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 1)),
+        128: TileSet(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 1)),
+        256: TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 1)),
+    },
+}
 
 
 def padded_width(width: int) -> int:
