@@ -1,9 +1,9 @@
 """Which tiles meet which, worked out on the device once for a batch. Imports torch alone.
 
 A work list has one line for each tile that exists, the longest first: no program starts only to find that it has
-nothing to do, and none that starts late runs long. A line says where the tile lies and which blocks of the other side it meets:
-full blocks, in which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is visible
-are in neither.
+nothing to do, and none that starts late runs long. A line says where the tile lies and which blocks of the other side
+it meets: full blocks, in which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is
+visible are in neither.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _tiles(layout: JaggedLayout, block: int) -> Tiles:
 def key_segments(
     mask: AttentionMask, contextual: int, tiles: Tiles, block_m: int, block_n: int
 ) -> tuple[list[Segment], list[Segment]]:
-    """Full and edge segments ``(begin, end)`` of keys for each query tile; `AttentionMask.key_range` for all at once."""
+    """Full and edge segments ``(begin, end)`` of keys for each query tile, as `AttentionMask.key_range`."""
     first, history, width = tiles.begin, tiles.history_end, mask.max_attn_len
     last = torch.minimum(first + block_m, tiles.length)
     zero = torch.zeros_like(first)
