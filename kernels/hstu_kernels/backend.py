@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
+
+import torch
 
 
 class Backend(StrEnum):
@@ -15,21 +18,71 @@ class Backend(StrEnum):
     AUTO = "auto"
     REFERENCE = "reference"
     EAGER = "eager"
+    TRITON = "triton"
 
 
 class UnsupportedBackend(ValueError):
     """An explicitly requested backend cannot serve the call; the message says why and what to use instead."""
 
 
-def resolve_backend(requested: Backend | str) -> Backend:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFacts:
+    """What decides whether a backend can serve a call; ``None`` where it is not known yet.
+
+    Attributes:
+        device_type: of the tensors, as ``torch.device.type``.
+        dtype: of q, k and v.
+        qk_dim, v_dim: ``Dqk``, ``Dv``.
+        triton_installed: a Triton package can be imported.
+        interpreting: Triton runs kernels in its CPU interpreter.
+    """
+
+    device_type: str
+    dtype: torch.dtype | None = None
+    qk_dim: int | None = None
+    v_dim: int | None = None
+    triton_installed: bool = False
+    interpreting: bool = False
+
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_WIDTHS = range(16, 257)
+
+
+def resolve_backend(requested: Backend | str, facts: CallFacts | None = None) -> Backend:
     """Map a request to the implementation that runs; an explicit request is never replaced by another.
 
+    Without ``facts`` only the name is looked at.
+
     Raises:
-        UnsupportedBackend: the name is unknown.
+        UnsupportedBackend: the name is unknown, or the backend cannot serve a call of these facts.
     """
     try:
         backend = Backend(requested)
     except ValueError:
         names = ", ".join(b.value for b in Backend)
         raise UnsupportedBackend(f"backend: expected one of {names}, got {requested!r}") from None
-    return Backend.EAGER if backend is Backend.AUTO else backend
+    if backend is Backend.AUTO:
+        # Not Triton yet: nothing of it has been measured on a GPU.
+        return Backend.EAGER
+    if backend is Backend.TRITON and facts is not None:
+        obstacle = _triton_obstacle(facts)
+        if obstacle:
+            raise UnsupportedBackend(f"backend: triton {obstacle}; use backend='eager'")
+    return backend
+
+
+def _triton_obstacle(facts: CallFacts) -> str | None:
+    if not facts.triton_installed:
+        return "is not installed"
+    if facts.interpreting:
+        if facts.dtype == torch.bfloat16:
+            return "cannot compute in torch.bfloat16 in its interpreter"
+    elif facts.device_type != "cuda":
+        return f"needs tensors on an NVIDIA GPU, got {facts.device_type}"
+    if facts.dtype is not None and facts.dtype not in TRITON_DTYPES:
+        return f"serves float32, bfloat16 and float16, got {facts.dtype}"
+    for name, width in (("Dqk", facts.qk_dim), ("Dv", facts.v_dim)):
+        if width is not None and width not in TRITON_WIDTHS:
+            return f"serves head widths of 16 to 256, got {name} {width}"
+    return None

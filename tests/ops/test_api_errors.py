@@ -20,6 +20,7 @@ from hstu_kernels import (
     plan_attention,
     resolve_backend,
 )
+from hstu_kernels.backend import CallFacts
 
 LAYOUT = JaggedLayout.from_lengths(torch.tensor([3, 2]))
 TARGETS = JaggedLayout.from_lengths(torch.tensor([1, 2]))
@@ -200,3 +201,38 @@ def test_backends_are_resolved_by_name_and_never_replaced() -> None:
     with pytest.raises(UnsupportedBackend, match=r"^backend: expected one of auto, reference, eager.*'gpu'"):
         resolve_backend("gpu")
     assert issubclass(UnsupportedBackend, ValueError)
+
+
+SERVED = CallFacts(
+    device_type="cuda", dtype=torch.bfloat16, qk_dim=16, v_dim=256, triton_installed=True, interpreting=False
+)
+NOT_SERVED = {
+    "not-installed": ({"triton_installed": False}, "is not installed"),
+    "on-a-cpu": ({"device_type": "cpu"}, "needs tensors on an NVIDIA GPU, got cpu"),
+    "float64": ({"dtype": torch.float64}, "serves float32, bfloat16 and float16, got torch.float64"),
+    "narrow-keys": ({"qk_dim": 15}, "serves head widths of 16 to 256, got Dqk 15"),
+    "wide-values": ({"v_dim": 257}, "serves head widths of 16 to 256, got Dv 257"),
+    "interpreted-bfloat16": ({"interpreting": True}, "cannot compute in torch.bfloat16 in its interpreter"),
+}
+
+
+@pytest.mark.parametrize(("changed", "reason"), NOT_SERVED.values(), ids=NOT_SERVED.keys())
+def test_triton_says_why_it_cannot_serve(changed: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedBackend, match=f"^backend: triton {reason}; use backend='eager'$"):
+        resolve_backend("triton", replace(SERVED, **changed))
+
+
+def test_triton_serves_what_it_says() -> None:
+    assert resolve_backend("triton", SERVED) is Backend.TRITON
+    # Before the tensors are known, and before anything is known.
+    assert resolve_backend("triton", replace(SERVED, dtype=None, qk_dim=None, v_dim=None)) is Backend.TRITON
+    assert resolve_backend("triton") is Backend.TRITON
+    interpreted = replace(SERVED, device_type="cpu", dtype=torch.float16, interpreting=True)
+    assert resolve_backend("triton", interpreted) is Backend.TRITON
+    assert resolve_backend("auto", SERVED) is Backend.EAGER
+
+
+def test_a_plan_of_other_rows_is_refused() -> None:
+    plan = plan_attention(LAYOUT, AttentionMask(), total_rows=5)
+    with pytest.raises(ValueError, match=r"^plan: made for 5 rows, got 4 rows in q"):
+        attend(q=rows(4), k=rows(4), v=rows(4), plan=plan)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hstu_kernels.attention.eager import EagerPlan, eager_attention, eager_target_attention, plan_eager
 from hstu_kernels.attention.reference import reference_attention, reference_target_attention
-from hstu_kernels.backend import Backend, resolve_backend
+from hstu_kernels.attention.triton import TritonPlan, interpreting, plan_triton, triton_installed
+from hstu_kernels.backend import Backend, CallFacts, UnsupportedBackend, resolve_backend
 from hstu_kernels.bias import RelativeBias
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
@@ -21,8 +23,9 @@ class AttentionPlan:
     backend: Backend
     layout: JaggedLayout
     mask: AttentionMask
+    total_rows: int
     bias_shape: tuple[Tensor | None, Tensor | None, int, int]
-    state: EagerPlan | None
+    state: EagerPlan | TritonPlan | None
 
 
 def plan_attention(
@@ -45,7 +48,8 @@ def plan_attention(
         ValueError: the layout is inconsistent or does not cover ``total_rows`` rows.
         UnsupportedBackend: the backend cannot serve the call.
     """
-    return _plan("total_rows", layout, mask, bias, total_rows, backend)
+    resolved = _resolve(backend, layout.device)
+    return _plan("total_rows", layout, mask, bias, total_rows, resolved)
 
 
 def _plan(
@@ -54,16 +58,19 @@ def _plan(
     mask: AttentionMask,
     bias: RelativeBias | None,
     total_rows: int,
-    backend: Backend | str,
+    resolved: Backend,
 ) -> AttentionPlan:
-    resolved = resolve_backend(backend)
     layout.check_rows(name, total_rows)
     if bias is not None:
         for name, times in (("timestamps", bias.timestamps), ("row_timestamps", bias.row_timestamps)):
             if times is not None and times.numel() != total_rows:
                 raise ValueError(f"bias.{name}: expected one entry for each of {total_rows} rows, got {times.numel()}")
-    state = plan_eager(layout, mask, bias) if resolved is Backend.EAGER else None
-    return AttentionPlan(resolved, layout, mask, _bias_shape(bias), state)
+    state: EagerPlan | TritonPlan | None = None
+    if resolved is Backend.EAGER:
+        state = plan_eager(layout, mask, bias)
+    elif resolved is Backend.TRITON:
+        state = plan_triton(layout, mask, bias)
+    return AttentionPlan(resolved, layout, mask, total_rows, _bias_shape(bias), state)
 
 
 def hstu_attention(
@@ -98,11 +105,19 @@ def hstu_attention(
         UnsupportedBackend: an explicit backend cannot serve the call.
     """
     _check_qkv(q, k, v)
+    resolved = _resolve(backend, q.device, q.dtype, q.shape[2], v.shape[2])
     if plan is None:
-        plan = _plan("q", layout, mask, bias, q.shape[0], backend)
+        plan = _plan("q", layout, mask, bias, q.shape[0], resolved)
     else:
-        _check_plan(plan, layout, mask, bias, q.shape[0], backend)
+        _check_plan(plan, layout, mask, bias, q.shape[0], resolved)
     _check_bias(bias, q)
+    if isinstance(plan.state, TritonPlan):
+        if layout.device != q.device:
+            raise TypeError(f"layout: expected tensors on {q.device} as q, got {layout.device}")
+        # Here, so that everything else runs where Triton is not installed.
+        from hstu_kernels.attention.triton.launch import triton_attention
+
+        return triton_attention(q, k, v, plan.state, alpha=alpha, scale=scale, bias=bias)
     if plan.state is not None:
         return eager_attention(q, k, v, plan.state, alpha=alpha, scale=scale, bias=bias)
     return reference_attention(q, k, v, layout, mask, alpha=alpha, scale=scale, bias=bias)
@@ -139,7 +154,9 @@ def hstu_target_attention(
         TypeError, ValueError, UnsupportedBackend: as `hstu_attention`.
     """
     _check_qkv(q, k, v)
-    resolved = resolve_backend(backend)
+    resolved = _resolve(backend, q.device, q.dtype, q.shape[2], v.shape[2])
+    if resolved is Backend.TRITON:
+        raise UnsupportedBackend("backend: triton has no cached target attention yet; use backend='eager'")
     layout.check_rows("q", q.shape[0])
     cache.layout.check_rows("cache.k", cache.k.shape[0])
     if cache.v.shape[0] != cache.k.shape[0]:
@@ -166,6 +183,26 @@ def hstu_target_attention(
     return call(q, k, v, cache, layout, mask, alpha=alpha, scale=scale, bias=bias)
 
 
+def _resolve(
+    backend: Backend | str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    qk_dim: int | None = None,
+    v_dim: int | None = None,
+) -> Backend:
+    facts = None
+    if backend == Backend.TRITON:
+        facts = CallFacts(
+            device_type=device.type,
+            dtype=dtype,
+            qk_dim=qk_dim,
+            v_dim=v_dim,
+            triton_installed=triton_installed(),
+            interpreting=interpreting(),
+        )
+    return resolve_backend(backend, facts)
+
+
 def _bias_shape(bias: RelativeBias | None) -> tuple[Tensor | None, Tensor | None, int, int]:
     """What a plan depends on: key times, row times, and entries of the two tables."""
     if bias is None:
@@ -185,12 +222,14 @@ def _check_plan(
     mask: AttentionMask,
     bias: RelativeBias | None,
     total_rows: int,
-    backend: Backend | str,
+    resolved: Backend,
 ) -> None:
-    if plan.backend is not resolve_backend(backend):
-        raise ValueError(f"plan: expected one made for backend {backend}, got {plan.backend}")
+    if plan.backend is not resolved:
+        raise ValueError(f"plan: expected one made for backend {resolved}, got {plan.backend}")
     if plan.layout is not layout or plan.mask != mask:
         raise ValueError("plan: made for another layout or mask; call plan_attention() for this batch")
+    if plan.total_rows != total_rows:
+        raise ValueError(f"plan: made for {plan.total_rows} rows, got {total_rows} rows in q")
     made, now = plan.bias_shape, _bias_shape(bias)
     # Times are compared by identity: the same tensors, not equal numbers.
     if made[0] is not now[0] or made[1] is not now[1] or made[2:] != now[2:]:

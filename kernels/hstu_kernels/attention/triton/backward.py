@@ -1,0 +1,340 @@
+"""The backward kernels of q, k and v. Each gradient has one owner, so that no two programs write to one place.
+
+W_ij = SiLU(s_ij),  s_ij = alpha * (q_i . k_j) + rab_ij,  G_ij = (dout_i . v_j) * SiLU'(s_ij)      where visible
+dv_j = scale sum_i W_ij dout_i,   dk_j = alpha scale sum_i G_ij q_i,   dq_i = alpha scale sum_j G_ij k_j
+"""
+
+import triton
+import triton.language as tl
+
+from hstu_kernels.attention.triton.primitives import (
+    add_bias,
+    edge_begin,
+    full_begin,
+    load_edge,
+    load_full,
+    load_line,
+    load_tile,
+    load_times,
+    silu_and_slope,
+    store_tile,
+    visible,
+)
+
+
+@triton.jit
+def _add_keys(
+    acc,
+    q,
+    dout,
+    k_ptr,
+    v_ptr,
+    k_row_stride,
+    v_row_stride,
+    begin,
+    rows,
+    row_times,
+    seq_start,
+    seq_len,
+    history_end,
+    pos_ptr,
+    time_ptr,
+    bounds_ptr,
+    key_times_ptr,
+    alpha,
+    SHAPE: tl.constexpr,
+    MASK: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """``acc [M, Dqk]`` plus what the key block at ``begin`` adds to ``dq / (alpha scale)``."""
+    BLOCK_N: tl.constexpr = SHAPE.block_n
+    cols = begin + tl.arange(0, BLOCK_N)
+    # [N, Dqk], [N, Dv]
+    k = load_tile(k_ptr, k_row_stride, begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, EDGE)
+    v = load_tile(v_ptr, v_row_stride, begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, EDGE)
+    key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
+    # [M, N]
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha
+    logits = add_bias(
+        logits,
+        rows[:, None],
+        cols[None, :],
+        row_times[:, None],
+        key_times[None, :],
+        history_end,
+        pos_ptr,
+        time_ptr,
+        bounds_ptr,
+        SHAPE,
+    )
+    _, slope = silu_and_slope(logits, SHAPE)
+    slope *= tl.dot(dout, tl.trans(v), input_precision="ieee")
+    if EDGE:
+        slope = tl.where(visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK), slope, 0.0)
+    return tl.dot(slope.to(k.dtype), k, acc, input_precision="ieee")
+
+
+@triton.jit
+def hstu_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    dq_ptr,
+    pos_ptr,
+    time_ptr,
+    bounds_ptr,
+    row_times_ptr,
+    key_times_ptr,
+    work_ptr,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    alpha,
+    scale,
+    SHAPE: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """``dq [L, H, Dqk]`` (contiguous, as ``dout [L, H, Dv]``); one program for each query tile and head."""
+    HEADS: tl.constexpr = SHAPE.heads
+    BLOCK_M: tl.constexpr = SHAPE.block_m
+    BLOCK_N: tl.constexpr = SHAPE.block_n
+    V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
+    QK_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.qk_dim
+    BLOCK_QK: tl.constexpr = SHAPE.block_qk
+    program = tl.program_id(0)
+    head = (program % HEADS).to(tl.int64)
+    line, seq_start, seq_len, history_end, row_begin = load_line(work_ptr, program // HEADS)
+    q_ptr += seq_start * q_row_stride + head * q_head_stride
+    k_ptr += seq_start * k_row_stride + head * k_head_stride
+    v_ptr += seq_start * v_row_stride + head * v_head_stride
+    dout_ptr += seq_start * V_STRIDE + head * SHAPE.v_dim
+    dq_ptr += seq_start * QK_STRIDE + head * SHAPE.qk_dim
+
+    rows = row_begin + tl.arange(0, BLOCK_M)
+    row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
+    # [M, Dqk], [M, Dv]
+    q = load_tile(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
+    dout = load_tile(dout_ptr, V_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
+
+    full0, blocks0, full1, blocks = load_full(line)
+    for i in range(blocks):
+        begin = full_begin(i, full0, blocks0, full1, BLOCK_N)
+        acc = _add_keys(
+            acc,
+            q,
+            dout,
+            k_ptr,
+            v_ptr,
+            k_row_stride,
+            v_row_stride,
+            begin,
+            rows,
+            row_times,
+            seq_start,
+            seq_len,
+            history_end,
+            pos_ptr,
+            time_ptr,
+            bounds_ptr,
+            key_times_ptr,
+            alpha,
+            SHAPE,
+            MASK,
+            False,
+        )
+    e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
+    for i in range(n4):
+        begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
+        acc = _add_keys(
+            acc,
+            q,
+            dout,
+            k_ptr,
+            v_ptr,
+            k_row_stride,
+            v_row_stride,
+            begin,
+            rows,
+            row_times,
+            seq_start,
+            seq_len,
+            history_end,
+            pos_ptr,
+            time_ptr,
+            bounds_ptr,
+            key_times_ptr,
+            alpha,
+            SHAPE,
+            MASK,
+            True,
+        )
+    store_tile(dq_ptr, acc * (alpha * scale), QK_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk)
+
+
+@triton.jit
+def _add_rows(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    dout_ptr,
+    q_row_stride,
+    begin,
+    cols,
+    key_times,
+    seq_start,
+    seq_len,
+    history_end,
+    pos_ptr,
+    time_ptr,
+    bounds_ptr,
+    row_times_ptr,
+    alpha,
+    SHAPE: tl.constexpr,
+    MASK: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """``dk [N, Dqk]`` and ``dv [N, Dv]`` plus what the query rows at ``begin`` add. Logits stand transposed."""
+    BLOCK_M: tl.constexpr = SHAPE.block_m
+    V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
+    rows = begin + tl.arange(0, BLOCK_M)
+    # [M, Dqk], [M, Dv]: rows behind the end are 0 and add nothing.
+    q = load_tile(q_ptr, q_row_stride, begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, EDGE)
+    dout = load_tile(dout_ptr, V_STRIDE, begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, EDGE)
+    row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
+    # [N, M]
+    logits = tl.dot(k, tl.trans(q), input_precision="ieee") * alpha
+    logits = add_bias(
+        logits,
+        rows[None, :],
+        cols[:, None],
+        row_times[None, :],
+        key_times[:, None],
+        history_end,
+        pos_ptr,
+        time_ptr,
+        bounds_ptr,
+        SHAPE,
+    )
+    weights, slope = silu_and_slope(logits, SHAPE)
+    slope *= tl.dot(v, tl.trans(dout), input_precision="ieee")
+    if EDGE:
+        seen = visible(rows[None, :], cols[:, None], history_end, SHAPE, MASK)
+        weights = tl.where(seen, weights, 0.0)
+        slope = tl.where(seen, slope, 0.0)
+    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
+    dk = tl.dot(slope.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def hstu_bwd_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    dk_ptr,
+    dv_ptr,
+    pos_ptr,
+    time_ptr,
+    bounds_ptr,
+    row_times_ptr,
+    key_times_ptr,
+    work_ptr,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    alpha,
+    scale,
+    SHAPE: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """``dk [L, H, Dqk]`` and ``dv [L, H, Dv]`` (contiguous); one program for each key tile and head."""
+    HEADS: tl.constexpr = SHAPE.heads
+    BLOCK_M: tl.constexpr = SHAPE.block_m
+    BLOCK_N: tl.constexpr = SHAPE.block_n
+    V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
+    QK_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.qk_dim
+    BLOCK_QK: tl.constexpr = SHAPE.block_qk
+    BLOCK_V: tl.constexpr = SHAPE.block_v
+    program = tl.program_id(0)
+    head = (program % HEADS).to(tl.int64)
+    line, seq_start, seq_len, history_end, key_begin = load_line(work_ptr, program // HEADS)
+    q_ptr += seq_start * q_row_stride + head * q_head_stride
+    k_ptr += seq_start * k_row_stride + head * k_head_stride
+    v_ptr += seq_start * v_row_stride + head * v_head_stride
+    dout_ptr += seq_start * V_STRIDE + head * SHAPE.v_dim
+    dk_ptr += seq_start * QK_STRIDE + head * SHAPE.qk_dim
+    dv_ptr += seq_start * V_STRIDE + head * SHAPE.v_dim
+
+    cols = key_begin + tl.arange(0, BLOCK_N)
+    key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
+    # [N, Dqk], [N, Dv]
+    k = load_tile(k_ptr, k_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, True)
+    v = load_tile(v_ptr, v_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+
+    full0, blocks0, full1, blocks = load_full(line)
+    for i in range(blocks):
+        begin = full_begin(i, full0, blocks0, full1, BLOCK_M)
+        dk, dv = _add_rows(
+            dk,
+            dv,
+            k,
+            v,
+            q_ptr,
+            dout_ptr,
+            q_row_stride,
+            begin,
+            cols,
+            key_times,
+            seq_start,
+            seq_len,
+            history_end,
+            pos_ptr,
+            time_ptr,
+            bounds_ptr,
+            row_times_ptr,
+            alpha,
+            SHAPE,
+            MASK,
+            False,
+        )
+    e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
+    for i in range(n4):
+        begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_M)
+        dk, dv = _add_rows(
+            dk,
+            dv,
+            k,
+            v,
+            q_ptr,
+            dout_ptr,
+            q_row_stride,
+            begin,
+            cols,
+            key_times,
+            seq_start,
+            seq_len,
+            history_end,
+            pos_ptr,
+            time_ptr,
+            bounds_ptr,
+            row_times_ptr,
+            alpha,
+            SHAPE,
+            MASK,
+            True,
+        )
+    store_tile(dk_ptr, dk * (alpha * scale), QK_STRIDE, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk)
+    store_tile(dv_ptr, dv * scale, V_STRIDE, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v)

@@ -1,0 +1,164 @@
+"""The forward kernel: one program for each query tile and head."""
+
+import triton
+import triton.language as tl
+
+from hstu_kernels.attention.triton.primitives import (
+    add_bias,
+    edge_begin,
+    full_begin,
+    load_edge,
+    load_full,
+    load_line,
+    load_tile,
+    load_times,
+    silu,
+    store_tile,
+    visible,
+)
+
+
+@triton.jit
+def _add_keys(
+    acc,
+    q,
+    k_ptr,
+    v_ptr,
+    k_row_stride,
+    v_row_stride,
+    begin,
+    rows,
+    row_times,
+    seq_start,
+    seq_len,
+    history_end,
+    pos_ptr,
+    time_ptr,
+    bounds_ptr,
+    key_times_ptr,
+    alpha,
+    SHAPE: tl.constexpr,
+    MASK: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """``acc [M, Dv]`` plus what the key block at ``begin`` adds; ``k_ptr`` and ``v_ptr`` point at sequence and head."""
+    BLOCK_N: tl.constexpr = SHAPE.block_n
+    cols = begin + tl.arange(0, BLOCK_N)
+    # [N, Dqk], [N, Dv]
+    k = load_tile(k_ptr, k_row_stride, begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, EDGE)
+    v = load_tile(v_ptr, v_row_stride, begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, EDGE)
+    key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
+    # [M, N]
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha
+    logits = add_bias(
+        logits,
+        rows[:, None],
+        cols[None, :],
+        row_times[:, None],
+        key_times[None, :],
+        history_end,
+        pos_ptr,
+        time_ptr,
+        bounds_ptr,
+        SHAPE,
+    )
+    weights = silu(logits, SHAPE)
+    if EDGE:
+        weights = tl.where(visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK), weights, 0.0)
+    return tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+
+
+@triton.jit
+def hstu_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    pos_ptr,
+    time_ptr,
+    bounds_ptr,
+    row_times_ptr,
+    key_times_ptr,
+    work_ptr,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    alpha,
+    scale,
+    SHAPE: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """``out [L, H, Dv]`` (contiguous) from ``q, k [L, H, Dqk]`` and ``v [L, H, Dv]``; grid ``tiles * H``."""
+    HEADS: tl.constexpr = SHAPE.heads
+    BLOCK_M: tl.constexpr = SHAPE.block_m
+    BLOCK_N: tl.constexpr = SHAPE.block_n
+    BLOCK_V: tl.constexpr = SHAPE.block_v
+    program = tl.program_id(0)
+    head = (program % HEADS).to(tl.int64)
+    line, seq_start, seq_len, history_end, row_begin = load_line(work_ptr, program // HEADS)
+    q_ptr += seq_start * q_row_stride + head * q_head_stride
+    k_ptr += seq_start * k_row_stride + head * k_head_stride
+    v_ptr += seq_start * v_row_stride + head * v_head_stride
+
+    rows = row_begin + tl.arange(0, BLOCK_M)
+    row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
+    # [M, Dqk], [M, Dv]
+    q = load_tile(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+
+    full0, blocks0, full1, blocks = load_full(line)
+    for i in range(blocks):
+        begin = full_begin(i, full0, blocks0, full1, BLOCK_N)
+        acc = _add_keys(
+            acc,
+            q,
+            k_ptr,
+            v_ptr,
+            k_row_stride,
+            v_row_stride,
+            begin,
+            rows,
+            row_times,
+            seq_start,
+            seq_len,
+            history_end,
+            pos_ptr,
+            time_ptr,
+            bounds_ptr,
+            key_times_ptr,
+            alpha,
+            SHAPE,
+            MASK,
+            False,
+        )
+    e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
+    for i in range(n4):
+        begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
+        acc = _add_keys(
+            acc,
+            q,
+            k_ptr,
+            v_ptr,
+            k_row_stride,
+            v_row_stride,
+            begin,
+            rows,
+            row_times,
+            seq_start,
+            seq_len,
+            history_end,
+            pos_ptr,
+            time_ptr,
+            bounds_ptr,
+            key_times_ptr,
+            alpha,
+            SHAPE,
+            MASK,
+            True,
+        )
+    OUT_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
+    out_ptr += seq_start * OUT_STRIDE + head * SHAPE.v_dim
+    store_tile(out_ptr, acc * scale, OUT_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v)

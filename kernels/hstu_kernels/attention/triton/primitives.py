@@ -1,0 +1,206 @@
+"""What the kernels share: the mask, SiLU, the relative bias, tiles of rows, and the segments of a work line.
+
+SHAPE is a `tiles.KernelShape`, MASK a `hstu_kernels.mask.AttentionMask`; both are compile-time constants.
+"""
+
+import triton
+import triton.language as tl
+
+from hstu_kernels.attention.triton.schedule import EDGE_SEGMENTS, HEADER, LINE
+
+_LINE = tl.constexpr(LINE)
+_FULL = tl.constexpr(HEADER)
+_EDGE = tl.constexpr(LINE - 2 * EDGE_SEGMENTS)
+
+
+@triton.jit
+def visible(rows, cols, history_end, SHAPE: tl.constexpr, MASK: tl.constexpr):
+    """`AttentionMask.visible`: ``rows`` and ``cols`` are int32 and broadcast together."""
+    CONTEXTUAL: tl.constexpr = SHAPE.contextual
+    WINDOW: tl.constexpr = MASK.max_attn_len
+    PREFIX: tl.constexpr = SHAPE.contextual + MASK.global_prefix_len
+    TAIL: tl.constexpr = MASK.full_attn_tail_len
+    # Every target stands at the history end, whatever its index.
+    position = tl.minimum(rows, history_end)
+    causal = (cols <= rows) & (cols < history_end)
+    if WINDOW > 0:
+        seen = position - cols <= WINDOW
+        if PREFIX > 0:
+            seen = seen | (cols < PREFIX)
+        if TAIL > 0:
+            seen = seen | ((rows < history_end) & (rows >= history_end - TAIL))
+        if MASK.window_targets:
+            causal = causal & seen
+        else:
+            causal = causal & (seen | (rows >= history_end))
+    if CONTEXTUAL > 0:
+        if MASK.contextual_sees_history:
+            from_context = (rows < CONTEXTUAL) & (cols < history_end)
+        else:
+            from_context = (rows < CONTEXTUAL) & (cols < tl.minimum(CONTEXTUAL, history_end))
+        causal = from_context | (causal & (rows >= CONTEXTUAL))
+    return causal | (rows == cols)
+
+
+@triton.jit
+def _tanh(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def silu(x, SHAPE: tl.constexpr):
+    """SiLU of float32 ``x``: one special-function instruction in the approximate form, two in the exact one."""
+    if SHAPE.exact:
+        value = x / (1.0 + tl.exp(-x))
+    else:
+        half = 0.5 * x
+        value = half * _tanh(half) + half
+    return value
+
+
+@triton.jit
+def silu_and_slope(x, SHAPE: tl.constexpr):
+    """SiLU of float32 ``x`` and its derivative, from the same special function."""
+    if SHAPE.exact:
+        gate = 1.0 / (1.0 + tl.exp(-x))
+        value = x * gate
+    else:
+        half = 0.5 * x
+        tanh = _tanh(half)
+        gate = 0.5 * tanh + 0.5
+        value = half * tanh + half
+    return value, gate + value * (1.0 - gate)
+
+
+@triton.jit
+def position_index(rows, cols, history_end, SHAPE: tl.constexpr):
+    """Entry of the position table, as `hstu_kernels.bias.position_index`."""
+    REACH: tl.constexpr = SHAPE.reach
+    distance = tl.minimum(cols, history_end) - tl.minimum(rows, history_end)
+    return tl.minimum(tl.maximum(distance, -REACH), REACH) + REACH
+
+
+@triton.jit
+def time_bucket(row_times, key_times, bounds_ptr, SHAPE: tl.constexpr):
+    """Entry of the time table: an estimate in float32, at most one off, put right by the exact int64 thresholds."""
+    BUCKETS: tl.constexpr = SHAPE.buckets
+    seconds = tl.abs(row_times - key_times)
+    if BUCKETS == 0:
+        bucket = (seconds * 0).to(tl.int32)
+    else:
+        nats = tl.log(tl.maximum(seconds, 1).to(tl.float32))
+        bucket = tl.minimum((nats * (1.0 / 0.301)).to(tl.int32), BUCKETS)
+        below = tl.load(bounds_ptr + tl.maximum(bucket - 1, 0))
+        above = tl.load(bounds_ptr + tl.minimum(bucket, BUCKETS - 1))
+        down = (bucket > 0) & (seconds < below)
+        up = (bucket < BUCKETS) & (seconds >= above)
+        bucket = bucket + up.to(tl.int32) - down.to(tl.int32)
+    return bucket
+
+
+@triton.jit
+def add_bias(logits, rows, cols, row_times, key_times, history_end, pos_ptr, time_ptr, bounds_ptr, SHAPE: tl.constexpr):
+    """``logits`` plus the relative bias of float32 tables; ``rows`` and ``cols`` broadcast to its shape."""
+    if SHAPE.reach >= 0:
+        logits += tl.load(pos_ptr + position_index(rows, cols, history_end, SHAPE))
+    if SHAPE.buckets >= 0:
+        logits += tl.load(time_ptr + time_bucket(row_times, key_times, bounds_ptr, SHAPE))
+    return logits
+
+
+@triton.jit
+def load_times(times_ptr, seq_start, indices, seq_len, SHAPE: tl.constexpr):
+    """int64 seconds of rows ``indices`` of a sequence; behind its end the last row's, so that no bucket is far off."""
+    if SHAPE.buckets >= 0:
+        times = tl.load(times_ptr + seq_start + tl.minimum(indices, seq_len - 1))
+    else:
+        # Not read: without a time table no bucket is asked for.
+        times = indices
+    return times
+
+
+@triton.jit
+def load_tile(
+    ptr, row_stride, begin, seq_len, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr
+):
+    """``[ROWS, BLOCK]``: rows from ``begin`` of the sequence at ``ptr``; 0 beyond its end (EDGE) and beyond WIDTH."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    ptrs = ptr + begin.to(tl.int64) * row_stride + (row[:, None] * row_stride + column[None, :])
+    if EDGE:
+        if WIDTH == BLOCK:
+            tile = tl.load(ptrs, mask=row[:, None] < seq_len - begin, other=0.0)
+        else:
+            tile = tl.load(ptrs, mask=(row[:, None] < seq_len - begin) & (column[None, :] < WIDTH), other=0.0)
+    elif WIDTH == BLOCK:
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=column[None, :] < WIDTH, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(ptr, tile, row_stride, begin, seq_len, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The counterpart of `load_tile`, always bounded."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    ptrs = ptr + begin.to(tl.int64) * row_stride + (row[:, None] * row_stride + column[None, :])
+    inside = (row[:, None] < seq_len - begin) & (column[None, :] < WIDTH)
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_line(work_ptr, index):
+    """Sequence start (int64), length, history end and tile begin of work line ``index``, and where the line lies."""
+    line = work_ptr + index.to(tl.int64) * _LINE
+    seq_start = tl.load(line)
+    seq_len = tl.load(line + 1).to(tl.int32)
+    history_end = tl.load(line + 2).to(tl.int32)
+    begin = tl.load(line + 3).to(tl.int32)
+    return line, seq_start, seq_len, history_end, begin
+
+
+@triton.jit
+def load_full(line):
+    """The two full segments: origins, and the number of blocks up to the end of each."""
+    full = line + _FULL
+    return (
+        tl.load(full).to(tl.int32),
+        tl.load(full + 1).to(tl.int32),
+        tl.load(full + 2).to(tl.int32),
+        tl.load(full + 3).to(tl.int32),
+    )
+
+
+@triton.jit
+def full_begin(i, origin0, blocks0, origin1, BLOCK: tl.constexpr):
+    """First row of full block ``i``."""
+    return i * BLOCK + tl.where(i < blocks0, origin0, origin1)
+
+
+@triton.jit
+def load_edge(line):
+    """The five edge segments: origins, and the number of blocks up to the end of each."""
+    edge = line + _EDGE
+    return (
+        tl.load(edge).to(tl.int32),
+        tl.load(edge + 1).to(tl.int32),
+        tl.load(edge + 2).to(tl.int32),
+        tl.load(edge + 3).to(tl.int32),
+        tl.load(edge + 4).to(tl.int32),
+        tl.load(edge + 5).to(tl.int32),
+        tl.load(edge + 6).to(tl.int32),
+        tl.load(edge + 7).to(tl.int32),
+        tl.load(edge + 8).to(tl.int32),
+        tl.load(edge + 9).to(tl.int32),
+    )
+
+
+@triton.jit
+def edge_begin(i, origin0, blocks0, origin1, blocks1, origin2, blocks2, origin3, blocks3, origin4, BLOCK: tl.constexpr):
+    """First row of edge block ``i``."""
+    origin = tl.where(i < blocks3, origin3, origin4)
+    origin = tl.where(i < blocks2, origin2, origin)
+    origin = tl.where(i < blocks1, origin1, origin)
+    origin = tl.where(i < blocks0, origin0, origin)
+    return i * BLOCK + origin

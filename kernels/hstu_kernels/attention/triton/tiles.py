@@ -1,0 +1,90 @@
+"""Tile sizes by head width and dtype: a small table instead of an autotuner, and what a kernel is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows of a query tile, rows of a key tile, warps, and depth of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class TileSet:
+    """One tile for each kernel."""
+
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+    bias: Tile
+
+
+@dataclass(frozen=True, slots=True)
+class KernelShape:
+    """Everything a kernel is compiled for besides the mask: one constexpr argument.
+
+    Attributes:
+        heads, qk_dim, v_dim: ``H``, ``Dqk``, ``Dv``.
+        block_qk, block_v: the widths padded to powers of two, at least 16.
+        block_m, block_n: rows of a query tile and of a key tile.
+        contextual: leading contextual rows of every sequence.
+        reach: ``N - 1`` of the position table, -1 without one.
+        buckets: last bucket of the time table, -1 without one.
+        exact: SiLU through exp; otherwise through the hardware's approximate tanh.
+    """
+
+    heads: int
+    qk_dim: int
+    v_dim: int
+    block_qk: int
+    block_v: int
+    block_m: int
+    block_n: int
+    contextual: int
+    reach: int
+    buckets: int
+    exact: bool
+
+
+def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool) -> TileSet:
+    """The tiles for head widths ``qk_dim`` and ``v_dim``, with and without a relative bias.
+
+    Guesses by shared memory and registers around a causal probe at widths 64 and 128, still to be measured:
+    docs/performance-notes.md.
+    """
+    width = max(padded_width(qk_dim), padded_width(v_dim))
+    tiles = _TILES[torch.float32 if dtype == torch.float32 else torch.bfloat16][min(max(width, 64), 256)]
+    if biased:
+        # The pipeline would take table entries for operands, too, and buffer them in shared memory.
+        flat = [replace(tile, num_stages=1) for tile in (tiles.forward, tiles.dq, tiles.dkdv, tiles.bias)]
+        return TileSet(*flat)
+    return tiles
+
+
+_NARROW_FP32, _FP32 = Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)
+_TILES = {
+    # No tensor core in full float32: accumulators and operands both sit in registers.
+    torch.float32: {
+        64: TileSet(_NARROW_FP32, _NARROW_FP32, _NARROW_FP32, _FP32),
+        128: TileSet(_FP32, _FP32, _FP32, _FP32),
+        256: TileSet(_FP32, _FP32, _FP32, _FP32),
+    },
+    torch.bfloat16: {
+        64: TileSet(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 1)),
+        128: TileSet(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 1)),
+        256: TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 1)),
+    },
+}
+
+
+def padded_width(width: int) -> int:
+    """The power of two, at least 16, that holds ``width`` columns."""
+    return max(16, 1 << (width - 1).bit_length())

@@ -1,0 +1,167 @@
+"""The Triton kernels compiled, without a GPU, for three generations of NVIDIA chips, and a look at what came out."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu_kernels import AttentionMask
+from hstu_kernels.attention.triton import interpreting
+from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet, padded_width, tile_set
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: kernels are not compiled")
+
+TABLES = {
+    "pos_ptr": "*fp32",
+    "time_ptr": "*fp32",
+    "bounds_ptr": "*i64",
+    "row_times_ptr": "*i64",
+    "key_times_ptr": "*i64",
+}
+ARRAYS = {"work_ptr": "*i64", "pos_sums_ptr": "*fp32", "time_sums_ptr": "*fp32", "alpha": "fp32", "scale": "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SEMI_LOCAL = AttentionMask(max_attn_len=256, global_prefix_len=64, full_attn_tail_len=256, window_targets=True)
+# Bytes of stack that a thread may use: a few spilled scalars.
+STACK_BOUND = 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile in earnest, not from an earlier run's files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def kernels() -> dict[str, Any]:
+    from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
+    from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
+    from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
+
+    return {
+        "forward": hstu_fwd_kernel,
+        "dq": hstu_bwd_dq_kernel,
+        "dkdv": hstu_bwd_dkdv_kernel,
+        "bias": hstu_bwd_bias_kernel,
+    }
+
+
+def tile_of(tiles: TileSet, name: str) -> Tile:
+    tile: Tile = getattr(tiles, name)
+    return tile
+
+
+def compiled(
+    name: str,
+    capability: int,
+    dtype: torch.dtype = torch.bfloat16,
+    widths: tuple[int, int] = (128, 128),
+    mask: AttentionMask = SEMI_LOCAL,
+    *,
+    bias: bool = False,
+) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = kernels()[name]
+    bias = bias or name == "bias"
+    tile = tile_of(tile_set(*widths, dtype, biased=bias), name)
+    shape = KernelShape(
+        heads=4,
+        qk_dim=widths[0],
+        v_dim=widths[1],
+        block_qk=padded_width(widths[0]),
+        block_v=padded_width(widths[1]),
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        contextual=2,
+        reach=1023 if bias else -1,
+        buckets=128 if bias else -1,
+        exact=dtype == torch.float32,
+    )
+    constants: dict[str, Any] = {"SHAPE": shape, "MASK": mask, "ENTRIES": 256, "COPIES": 32}
+    if not bias:
+        constants |= dict.fromkeys(TABLES)
+    known = {**TABLES, **ARRAYS}
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_stride"):
+            signature[argument] = "i32"
+        else:
+            signature[argument] = known.get(argument, f"*{TYPES[dtype]}")
+    # What the launcher finds for tensors of a usual size: pointers and strides are multiples of 16.
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, argument in enumerate(kernel.arg_names)
+        if signature[argument].startswith("*") or signature[argument] == "i32"
+    }
+    used = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
+    return triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers and bytes of stack of a thread, as the assembler says."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not os.access(tool, os.X_OK):
+        pytest.skip("this Triton ships no cuobjdump")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    listing = subprocess.run(
+        [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", listing)}
+
+
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv", "bias"])
+@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")], ids=str)
+def test_tensor_cores_are_used(name: str, capability: int, instruction: str) -> None:
+    code = compiled(name, capability).asm["ptx"]
+    assert instruction in code
+    assert "tanh.approx.f32" in code
+    if name != "bias":
+        assert "cp.async" in code, "operands are not copied ahead of their use"
+
+
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
+def test_hopper_code_fits_into_registers(name: str, tmp_path: Path) -> None:
+    kernel = compiled(name, 90)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert resources(kernel, tmp_path)["STACK"] <= STACK_BOUND
+
+
+OTHERS = [
+    ("forward", torch.float16, (64, 64)),
+    ("dq", torch.float16, (64, 64)),
+    ("dkdv", torch.float16, (64, 64)),
+    ("bias", torch.float16, (64, 64)),
+    ("forward", torch.bfloat16, (50, 36)),
+    ("dkdv", torch.bfloat16, (50, 36)),
+    ("dkdv", torch.bfloat16, (256, 256)),
+    ("forward", torch.float32, (50, 50)),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "widths"), OTHERS, ids=str)
+def test_other_widths_and_types_compile_with_bias(name: str, dtype: torch.dtype, widths: tuple[int, int]) -> None:
+    kernel = compiled(name, 90, dtype, widths, bias=True)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert ("tanh.approx" in kernel.asm["ptx"]) == (dtype != torch.float32)
+
+
+def test_causal_full_tiles_carry_no_mask() -> None:
+    plain, masked = compiled("forward", 90, mask=AttentionMask()), compiled("forward", 90)
+    assert len(plain.asm["ptx"]) < len(masked.asm["ptx"])

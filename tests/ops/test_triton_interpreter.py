@@ -1,0 +1,32 @@
+"""The Triton kernels in Triton's CPU interpreter: the cases of `interpreted_triton.py`, in a process of their own.
+
+Triton reads TRITON_INTERPRET when kernels are defined, so that a process has either interpreted or compiled ones.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+CASES = Path(__file__).with_name("interpreted_triton.py")
+
+
+def test_kernels_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        capture_output=True,
+        text=True,
+        cwd=CASES.parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
