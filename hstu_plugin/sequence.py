@@ -90,7 +90,7 @@ class JaggedSequence:
             raise ValueError(f"max_history: expected a number >= 0, got {max_history}")
         layout, total = self.layout, self.values.shape[0]
         rows = layout.row_indices(total)
-        ends = torch.repeat_interleave(layout.history_lengths, layout.seq_lengths, output_size=total)
+        ends = layout.history_ends(total)
         kept = (rows >= ends - max_history) | (rows < layout.contextual_seq_len)
         events = (layout.history_lengths - layout.contextual_seq_len).clamp(min=0)
         lengths = layout.seq_lengths - (events - max_history).clamp(min=0)
@@ -110,7 +110,7 @@ class JaggedSequence:
 
     def _target_rows(self) -> Tensor:
         layout, total = self.layout, self.values.shape[0]
-        ends = torch.repeat_interleave(layout.history_lengths, layout.seq_lengths, output_size=total)
+        ends = layout.history_ends(total)
         return layout.row_indices(total) >= ends
 
     def _select(self, kept: Tensor | slice, layout: JaggedLayout) -> JaggedSequence:

@@ -47,7 +47,7 @@ def next_event_timestamps(timestamps: Tensor, layout: JaggedLayout) -> Tensor:
     if total_rows == 0:
         return timestamps
     rows = layout.row_indices(total_rows)
-    ends = torch.repeat_interleave(layout.history_lengths, layout.seq_lengths, output_size=total_rows)
+    ends = layout.history_ends(total_rows)
     following = torch.cat([timestamps[1:], timestamps[-1:]])
     return torch.where(rows < ends - 1, following, timestamps)
 

@@ -103,8 +103,11 @@ class JaggedLayout:
         indices = self.row_indices(total_rows)
         if self.num_targets is None:
             return indices
-        ends = torch.repeat_interleave(self.history_lengths, self.seq_lengths, output_size=total_rows)
-        return torch.minimum(indices, ends)
+        return torch.minimum(indices, self.history_ends(total_rows))
+
+    def history_ends(self, total_rows: int) -> Tensor:
+        """``[L]`` int64, the history end of each row's own sequence: the place of its first target."""
+        return torch.repeat_interleave(self.history_lengths, self.seq_lengths, output_size=total_rows)
 
     def without_targets(self) -> JaggedLayout:
         """The same sequences with their targets cut off."""

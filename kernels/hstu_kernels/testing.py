@@ -352,7 +352,7 @@ def split_targets(inputs: AttentionInputs, micro_batch_size: int | None = None) 
     assert layout.num_targets is not None, "split_targets: expected a layout with targets"
     total = inputs.q.shape[0]
     rows = layout.row_indices(total)
-    behind = rows - torch.repeat_interleave(layout.history_lengths, layout.seq_lengths, output_size=total)
+    behind = rows - layout.history_ends(total)
     history = behind < 0
     times = None if bias is None else bias.timestamps
     cache = LayerKV(

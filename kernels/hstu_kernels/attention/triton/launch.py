@@ -88,7 +88,7 @@ class _TritonAttention(torch.autograd.Function):
         plan, tiles, alpha, scale = ctx.plan, ctx.tiles, ctx.alpha, ctx.scale
         need_q, need_k, need_v, need_pos, need_time = ctx.needs_input_grad[:5]
         q, k, v, grad = _addressable(q), _addressable(k), _addressable(v), grad.contiguous()
-        common = (*_bias_arguments(pos_table, time_table, plan),)
+        common = _bias_arguments(pos_table, time_table, plan)
         strides = _strides(q, k, v)
         dq = dk = dv = dpos = dtime = None
         if need_q:
