@@ -32,12 +32,12 @@ def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int)
         met = torch.zeros(total, layout.max_seq_len, dtype=torch.int64)
         full = torch.zeros_like(met, dtype=torch.bool)
         truth = torch.zeros_like(full)
-        sizes = []
+        places = []
         for line in work.tolist():
             start, length, history_end, begin = line[:HEADER]
             assert 0 <= begin < length
             mine = slice(start + begin, start + min(begin + own, length))
-            sizes.append(0)
+            places.append((-length, start))
             for at, segments in ((HEADER, FULL_SEGMENTS), (HEADER + 2 * FULL_SEGMENTS, EDGE_SEGMENTS)):
                 for first in blocks_of(line, at, segments, other):
                     assert first >= 0
@@ -45,7 +45,6 @@ def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int)
                     if at == HEADER:
                         assert first + other <= length
                         full[mine, first : first + other] = True
-                    sizes[-1] += 1
             index = torch.arange(length)
             visible = mask.visible(index[:, None], index[None, :], history_end, layout.contextual_seq_len)
             ours = visible if side == "query" else visible.T
@@ -53,7 +52,7 @@ def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int)
         assert (met <= 1).all(), f"{side}: a pair is met twice"
         assert not (truth & (met == 0)).any(), f"{side}: a visible pair is missed"
         assert not (full & ~truth).any(), f"{side}: a hidden pair in a full block"
-        assert sizes == sorted(sizes, reverse=True), f"{side}: a longer tile stands behind a shorter one"
+        assert places == sorted(places), f"{side}: a longer sequence stands behind a shorter one, or one is torn apart"
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 64)], ids=str)

@@ -1,9 +1,9 @@
 """Which tiles meet which, worked out on the device once for a batch. Imports torch alone.
 
-A work list has one line for each tile that exists, the longest first: no program starts only to find that it has
-nothing to do, and none that starts late runs long. A line says where the tile lies and which blocks of the other side
-it meets: full blocks, in which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is
-visible are in neither.
+A work list has one line for each tile that exists: no program starts only to find that it has nothing to do. Lines go
+sequence by sequence, the longest first, so that programs that run together read the same rows from the cache and none
+that starts late runs long. A line says where the tile lies and which blocks of the other side it meets: full blocks, in
+which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is visible are in neither.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class TritonPlan:
     def _work(self, side: str, block_m: int, block_n: int) -> Tensor:
         key = (side, block_m, block_n)
         if key not in self.work:
-            own = block_m if side == "query" else block_n
-            tiles = _tiles(self.layout, own)
-            segments = key_segments if side == "query" else row_segments
+            of_query = side == "query"
+            tiles = _tiles(self.layout, block_m if of_query else block_n, last_first=of_query)
+            segments = key_segments if of_query else row_segments
             full, edge = segments(self.mask, self.layout.contextual_seq_len, tiles, block_m, block_n)
-            self.work[key] = _lines(tiles, full, edge, block_n if side == "query" else block_m)
+            self.work[key] = _lines(tiles, full, edge, block_n if of_query else block_m)
         return self.work[key]
 
 
@@ -78,14 +78,21 @@ class Tiles:
     begin: Tensor
 
 
-def _tiles(layout: JaggedLayout, block: int) -> Tiles:
-    counts = (layout.seq_lengths + block - 1) // block
-    total = int(counts.sum())
-    sequence = torch.repeat_interleave(torch.arange(layout.batch_size, device=layout.device), counts, output_size=total)
-    before = counts.cumsum(0) - counts
-    begin = (torch.arange(total, device=layout.device) - before[sequence]) * block
+def _tiles(layout: JaggedLayout, block: int, *, last_first: bool) -> Tiles:
+    """The longest sequence first; inside a sequence the busiest first: of queries the last, of keys the first."""
+    order = layout.seq_lengths.argsort(descending=True, stable=True)
+    counts = ((layout.seq_lengths + block - 1) // block)[order]
+    ends = counts.cumsum(0)
+    total = int(ends[-1]) if layout.batch_size else 0
+    place = torch.repeat_interleave(torch.arange(layout.batch_size, device=layout.device), counts, output_size=total)
+    index = torch.arange(total, device=layout.device)
+    tile = ends[place] - 1 - index if last_first else index - (ends - counts)[place]
+    sequence = order[place]
     return Tiles(
-        layout.seq_offsets[:-1][sequence], layout.seq_lengths[sequence], layout.history_lengths[sequence], begin
+        layout.seq_offsets[:-1][sequence],
+        layout.seq_lengths[sequence],
+        layout.history_lengths[sequence],
+        tile * block,
     )
 
 
@@ -186,16 +193,13 @@ def _or_empty(begin: Tensor, end: Tensor, at: Tensor, wanted: Tensor) -> Segment
 
 def _lines(tiles: Tiles, full: list[Segment], edge: list[Segment], block: int) -> Tensor:
     columns = [tiles.start, tiles.length, tiles.history_end, tiles.begin]
-    work = torch.zeros_like(tiles.begin)
     for segments in (full, edge):
         before = torch.zeros_like(tiles.begin)
         for begin, end in segments:
             blocks = before + ((end - begin).clamp(min=0) + block - 1) // block
             columns += [begin - before * block, blocks]
             before = blocks
-        work = work + before
-    lines = torch.stack(columns, 1)
-    return lines[work.argsort(descending=True, stable=True)].contiguous()
+    return torch.stack(columns, 1)
 
 
 def _floor(x: Tensor, block: int) -> Tensor:
