@@ -53,7 +53,7 @@ def attention(
     bias: RelativeBias | None,
     tiles: TileSet | None = SMALL,
 ) -> Tensor:
-    plan = plan_triton(layout, mask, bias)
+    plan = plan_triton(layout, mask, bias, q.shape[0])
     return triton_attention(q, k, v, plan, alpha=alpha, scale=scale, bias=bias, tiles=tiles)
 
 

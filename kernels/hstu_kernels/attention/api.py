@@ -69,7 +69,7 @@ def _plan(
     if resolved is Backend.EAGER:
         state = plan_eager(layout, mask, bias)
     elif resolved is Backend.TRITON:
-        state = plan_triton(layout, mask, bias)
+        state = plan_triton(layout, mask, bias, total_rows)
     return AttentionPlan(resolved, layout, mask, total_rows, _bias_shape(bias), state)
 
 

@@ -34,38 +34,39 @@ class TritonPlan:
     row_times: Tensor | None  # [L] int64
     key_times: Tensor | None  # [L] int64
     boundaries: Tensor | None  # [num_buckets] int64
+    total_rows: int  # L: bounds the length of the lists, so that no device is asked
     # (side, block_m, block_n) -> [tiles, LINE]; tile sizes are known only when the first layer brings its widths.
     work: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def query_work(self, block_m: int, block_n: int) -> Tensor:
-        """``[tiles, LINE]`` int64: query tiles and the key blocks they meet."""
+        """``[tiles, LINE]`` int64: query tiles and the key blocks they meet; at the end up to B lines without work."""
         return self._work("query", block_m, block_n)
 
     def key_work(self, block_m: int, block_n: int) -> Tensor:
-        """``[tiles, LINE]`` int64: key tiles and the blocks of query rows they meet."""
+        """``[tiles, LINE]`` int64: key tiles and the blocks of query rows they meet; the end as `query_work`."""
         return self._work("key", block_m, block_n)
 
     def _work(self, side: str, block_m: int, block_n: int) -> Tensor:
         key = (side, block_m, block_n)
         if key not in self.work:
             own = block_m if side == "query" else block_n
-            tiles = _tiles(self.layout, own)
+            tiles = _tiles(self.layout, own, self.total_rows)
             segments = key_segments if side == "query" else row_segments
             full, edge = segments(self.mask, self.layout.contextual_seq_len, tiles, block_m, block_n)
             self.work[key] = _lines(tiles, full, edge, block_n if side == "query" else block_m)
         return self.work[key]
 
 
-def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None) -> TritonPlan:
-    """Resolve the times of a batch; work lists follow at the first call for a width."""
+def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None, total_rows: int) -> TritonPlan:
+    """Resolve the times of a batch of ``total_rows`` rows; work lists follow at the first call for a width."""
     if bias is None or bias.time_table is None:
-        return TritonPlan(layout, mask, None, None, None)
+        return TritonPlan(layout, mask, None, None, None, total_rows)
     assert bias.timestamps is not None
     row_times = bias.row_timestamps
     if row_times is None:
         row_times = next_event_timestamps(bias.timestamps, layout)
     bounds = bucket_boundaries(bias.num_buckets, layout.device)
-    return TritonPlan(layout, mask, row_times.contiguous(), bias.timestamps.contiguous(), bounds)
+    return TritonPlan(layout, mask, row_times.contiguous(), bias.timestamps.contiguous(), bounds, total_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +79,23 @@ class Tiles:
     begin: Tensor
 
 
-def _tiles(layout: JaggedLayout, block: int) -> Tiles:
-    counts = (layout.seq_lengths + block - 1) // block
-    total = int(counts.sum())
-    sequence = torch.repeat_interleave(torch.arange(layout.batch_size, device=layout.device), counts, output_size=total)
-    before = counts.cumsum(0) - counts
-    begin = (torch.arange(total, device=layout.device) - before[sequence]) * block
-    return Tiles(
-        layout.seq_offsets[:-1][sequence], layout.seq_lengths[sequence], layout.history_lengths[sequence], begin
-    )
+def list_length(total_rows: int, batch_size: int, block: int) -> int:
+    """Lines of a list: a bound on the number of tiles that is known without asking the device."""
+    return total_rows // block + batch_size
+
+
+def _tiles(layout: JaggedLayout, block: int, total_rows: int) -> Tiles:
+    """All tiles, then empty ones: rows and history of 0 length at the start of the batch."""
+    lengths = layout.seq_lengths
+    up_to = ((lengths + block - 1) // block).cumsum(0)
+    index = torch.arange(list_length(total_rows, layout.batch_size, block), device=layout.device)
+    sequence = torch.searchsorted(up_to, index, right=True)
+    exists = sequence < layout.batch_size
+    sequence = sequence.clamp(max=layout.batch_size - 1)
+    before = up_to - (lengths + block - 1) // block
+    columns = (layout.seq_offsets[:-1], lengths, layout.history_lengths, before)
+    start, length, history, first = (torch.where(exists, column[sequence], 0) for column in columns)
+    return Tiles(start, length, history, torch.where(exists, index - first, 0) * block)
 
 
 def key_segments(
