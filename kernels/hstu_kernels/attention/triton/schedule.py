@@ -34,38 +34,40 @@ class TritonPlan:
     row_times: Tensor | None  # [L] int64
     key_times: Tensor | None  # [L] int64
     boundaries: Tensor | None  # [num_buckets] int64
+    total_rows: int  # L: bounds the length of the lists, so that no device is asked
     # (side, block_m, block_n) -> [tiles, LINE]; tile sizes are known only when the first layer brings its widths.
     work: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def query_work(self, block_m: int, block_n: int) -> Tensor:
-        """``[tiles, LINE]`` int64: query tiles and the key blocks they meet."""
+        """``[tiles, LINE]`` int64: query tiles and the key blocks they meet; at the end up to B lines without work."""
         return self._work("query", block_m, block_n)
 
     def key_work(self, block_m: int, block_n: int) -> Tensor:
-        """``[tiles, LINE]`` int64: key tiles and the blocks of query rows they meet."""
+        """``[tiles, LINE]`` int64: key tiles and the blocks of query rows they meet; the end as `query_work`."""
         return self._work("key", block_m, block_n)
 
     def _work(self, side: str, block_m: int, block_n: int) -> Tensor:
         key = (side, block_m, block_n)
         if key not in self.work:
             of_query = side == "query"
-            tiles = _tiles(self.layout, block_m if of_query else block_n, last_first=of_query)
+            own = block_m if of_query else block_n
+            tiles = _tiles(self.layout, own, self.total_rows, last_first=of_query)
             segments = key_segments if of_query else row_segments
             full, edge = segments(self.mask, self.layout.contextual_seq_len, tiles, block_m, block_n)
             self.work[key] = _lines(tiles, full, edge, block_n if of_query else block_m)
         return self.work[key]
 
 
-def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None) -> TritonPlan:
-    """Resolve the times of a batch; work lists follow at the first call for a width."""
+def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None, total_rows: int) -> TritonPlan:
+    """Resolve the times of a batch of ``total_rows`` rows; work lists follow at the first call for a width."""
     if bias is None or bias.time_table is None:
-        return TritonPlan(layout, mask, None, None, None)
+        return TritonPlan(layout, mask, None, None, None, total_rows)
     assert bias.timestamps is not None
     row_times = bias.row_timestamps
     if row_times is None:
         row_times = next_event_timestamps(bias.timestamps, layout)
     bounds = bucket_boundaries(bias.num_buckets, layout.device)
-    return TritonPlan(layout, mask, row_times.contiguous(), bias.timestamps.contiguous(), bounds)
+    return TritonPlan(layout, mask, row_times.contiguous(), bias.timestamps.contiguous(), bounds, total_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +80,28 @@ class Tiles:
     begin: Tensor
 
 
-def _tiles(layout: JaggedLayout, block: int, *, last_first: bool) -> Tiles:
-    """The longest sequence first; inside a sequence the busiest first: of queries the last, of keys the first."""
+def list_length(total_rows: int, batch_size: int, block: int) -> int:
+    """Lines of a list: a bound on the number of tiles that is known without asking the device."""
+    return total_rows // block + batch_size
+
+
+def _tiles(layout: JaggedLayout, block: int, total_rows: int, *, last_first: bool) -> Tiles:
+    """The longest sequence first; inside a sequence the busiest first: of queries the last, of keys the first.
+
+    Behind all tiles stand empty ones: rows and history of 0 length at the start of the batch.
+    """
     order = layout.seq_lengths.argsort(descending=True, stable=True)
     counts = ((layout.seq_lengths + block - 1) // block)[order]
     ends = counts.cumsum(0)
-    total = int(ends[-1]) if layout.batch_size else 0
-    place = torch.repeat_interleave(torch.arange(layout.batch_size, device=layout.device), counts, output_size=total)
-    index = torch.arange(total, device=layout.device)
+    index = torch.arange(list_length(total_rows, layout.batch_size, block), device=layout.device)
+    place = torch.searchsorted(ends, index, right=True)
+    exists = place < layout.batch_size
+    place = place.clamp(max=layout.batch_size - 1)
     tile = ends[place] - 1 - index if last_first else index - (ends - counts)[place]
     sequence = order[place]
-    return Tiles(
-        layout.seq_offsets[:-1][sequence],
-        layout.seq_lengths[sequence],
-        layout.history_lengths[sequence],
-        tile * block,
-    )
+    columns = (layout.seq_offsets[:-1][sequence], layout.seq_lengths[sequence], layout.history_lengths[sequence], tile)
+    start, length, history, tile = (torch.where(exists, column, 0) for column in columns)
+    return Tiles(start, length, history, tile * block)
 
 
 def key_segments(
