@@ -129,6 +129,11 @@ def test_the_operator_is_registered_right(name: str) -> None:
     inputs = make_inputs(case, torch.float32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(ops.attention_forward, operator_arguments(inputs), test_utils=checks)
+    layout = inputs.layout
+    geometry = (layout.seq_offsets, layout.num_targets, layout.contextual_seq_len)
+    for side in ("query", "key"):
+        arguments = (*geometry, *ops._fields(inputs.mask), inputs.q.shape[0], side, 16, 32)
+        torch.library.opcheck(ops.attention_work, arguments)
 
 
 def test_two_layers_compile_into_one_graph_and_share_their_lists() -> None:

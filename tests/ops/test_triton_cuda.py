@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hstu_kernels import hstu_attention, hstu_target_attention
+from hstu_kernels.attention.triton import plan_triton
 from hstu_kernels.testing import (
     ATTENTION_CASES,
     AttentionCase,
@@ -80,3 +81,25 @@ def test_cached_targets_stay_in_the_budget(case: AttentionCase, micro_batch_size
         with poisoned_empty():
             got = attend()
         assert float((got.double() - expected).abs().max()) <= 2 * budget + 1e-12
+
+
+@pytest.mark.parametrize("name", ["targets", "no-bias"])
+def test_nothing_waits_for_the_device(name: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    inputs = make_inputs(
+        wide(next(case for case in ATTENTION_CASES if case.name == name)), torch.bfloat16, device="cuda"
+    )
+    arguments = (inputs.q, inputs.k, inputs.v, inputs.layout, inputs.mask)
+    options = {"alpha": inputs.alpha, "scale": inputs.scale, "bias": inputs.bias}
+    attention(*arguments, **options)
+    plan = plan_triton(inputs.layout, inputs.mask, inputs.bias, inputs.q.shape[0])
+    plan.query_work(64, 64)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = plan_triton(inputs.layout, inputs.mask, None, inputs.q.shape[0])
+        lists = again.query_work(64, 64), again.key_work(64, 64)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(lists[0], plan.query_work(64, 64))
+    assert torch.equal(lists[1], plan.key_work(64, 64))

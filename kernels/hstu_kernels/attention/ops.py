@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hstu_kernels.attention.eager import eager_backward, eager_forward, plan_eager
-from hstu_kernels.attention.triton import TritonPlan
+from hstu_kernels.attention.triton import TritonPlan, plan_triton
 from hstu_kernels.attention.triton.schedule import LINE, list_length
 from hstu_kernels.attention.triton.tiles import tile_set
 from hstu_kernels.backend import Backend, UnsupportedBackend
@@ -104,7 +104,7 @@ def attention_work(seq_offsets: Tensor, num_targets: Tensor | None, contextual_s
     """``[tiles, LINE]`` int64: the work list of one side for one tile."""
     *structure, total_rows, side, block_m, block_n = fields
     layout = JaggedLayout(seq_offsets, total_rows, num_targets, contextual_seq_len)
-    plan = TritonPlan(layout, _mask(tuple(structure)), None, None, None, total_rows)
+    plan = plan_triton(layout, _mask(tuple(structure)), None, total_rows)
     return plan.query_work(block_m, block_n) if side == "query" else plan.key_work(block_m, block_n)
 
 

@@ -87,8 +87,8 @@ _TILES = {
         256: TileSet(_FP32, _FP32, _FP32, _FP32),
     },
     torch.bfloat16: {
-        64: TileSet(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 1)),
-        128: TileSet(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
+        64: TileSet(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 1)),
+        128: TileSet(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(64, 64, 8, 1)),
         256: TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 1)),
     },
 }
