@@ -68,9 +68,9 @@ def unpack_rows(packed: PackedRows, dtype: torch.dtype = torch.float32) -> Tenso
         return values.to(dtype)
     if packed.format is RowFormat.INT4:
         codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :dim]
-    scale, bias = tail.view(torch.float16).to(torch.float32).split(1, dim=1)
+    scale_and_bias = tail.view(torch.float16).to(torch.float32)
     # The product is exact (11 bits times 8), so a fused multiply-add gives the same bits.
-    return (codes.to(torch.float32) * scale + bias).to(dtype)
+    return (codes.to(torch.float32) * scale_and_bias[:, :1] + scale_and_bias[:, 1:]).to(dtype)
 
 
 def _integer_bytes(chunk: Tensor, row_format: RowFormat, choice: RowRange, begin: int) -> Tensor:

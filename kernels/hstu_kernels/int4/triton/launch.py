@@ -28,7 +28,7 @@ def triton_gather(
     terms += [None] * (4 - len(terms))
     counts = [dense.shape[0] for dense, _ in added] + [0] * (2 - len(added))
     grid = (-(-ids.shape[0] // shape.block_rows),)
-    with torch.cuda.device_of(table.data):
+    with torch.cuda.device_of(table.data):  # type: ignore[no-untyped-call]
         int4_gather_kernel[grid](
             table.data.view(_UNITS[shape.unit_bytes]),
             ids.contiguous(),
