@@ -85,7 +85,7 @@ def quantize(
     row_format, config = RowFormat.parse(dtype), config or QuantizeConfig()
     known = dict(frequencies or {})
     groups, kept = _find(module, config)
-    _check_frequencies(known, groups)
+    check_frequencies(known, {name: group.weight.shape[0] for group in groups for name in group.names})
     module.eval()
     before = dict(evaluate(module)) if evaluate else {}
     replacements: dict[int, nn.Module] = {}
@@ -93,7 +93,7 @@ def quantize(
     with torch.no_grad():
         for group in groups:
             counts = next((known[name] for name in group.names if name in known), None)
-            packed = _pack(group.names[0], group.weight, row_format, config, counts)
+            packed = pack_table(group.names[0], group.weight, row_format, config, counts)
             reports.append(table_report(group.names[0], group.weight, packed, ranges=config.ranges, frequency=counts))
             replacements |= group.replacements(packed)
     module = replace_modules(module, replacements)
@@ -112,13 +112,14 @@ def count_accesses(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     tables = {name: table for name, table in module.named_modules() if isinstance(table, nn.Embedding)}
     counts = {name: torch.zeros(table.num_embeddings, dtype=torch.int64) for name, table in tables.items()}
 
-    def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def count(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            counts[name] += torch.bincount(arguments[0].reshape(-1).cpu(), minlength=counts[name].numel())
+    def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def count(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            ids = arguments[0] if arguments else named["input"]
+            counts[name] += torch.bincount(ids.reshape(-1).cpu(), minlength=counts[name].numel())
 
         return count
 
-    handles = [table.register_forward_pre_hook(counter(name)) for name, table in tables.items()]
+    handles = [table.register_forward_pre_hook(counter(name), with_kwargs=True) for name, table in tables.items()]
     try:
         yield counts
     finally:
@@ -184,6 +185,15 @@ def replace_modules(module: nn.Module, replacements: Mapping[int, nn.Module]) ->
     return module
 
 
+def why_not(name: str, config: QuantizeConfig) -> str | None:
+    """Why the patterns leave a table of this name alone; ``None`` when they choose it."""
+    if any(fnmatchcase(name, pattern) for pattern in config.skip):
+        return f"skip: {', '.join(config.skip)}"
+    if not any(fnmatchcase(name, pattern) for pattern in config.tables):
+        return f"not among tables: {', '.join(config.tables)}"
+    return None
+
+
 def _find(module: nn.Module, config: QuantizeConfig) -> tuple[list[TableGroup], dict[str, str]]:
     chosen: dict[str, nn.Module] = {}
     kept: dict[str, str] = {}
@@ -194,10 +204,8 @@ def _find(module: nn.Module, config: QuantizeConfig) -> tuple[list[TableGroup], 
             continue
         elif type(found).forward is not nn.Embedding.forward:
             kept[name] = f"{type(found).__name__} has a lookup of its own"
-        elif any(fnmatchcase(name, pattern) for pattern in config.skip):
-            kept[name] = f"skip: {', '.join(config.skip)}"
-        elif not any(fnmatchcase(name, pattern) for pattern in config.tables):
-            kept[name] = f"not among tables: {', '.join(config.tables)}"
+        elif reason := why_not(name, config):
+            kept[name] = reason
         elif found.max_norm is not None:
             raise ValueError(
                 f"module: expected embeddings without max_norm, got {name!r} with {found.max_norm}; its lookups would "
@@ -211,8 +219,12 @@ def _find(module: nn.Module, config: QuantizeConfig) -> tuple[list[TableGroup], 
     return table_groups(module, chosen), kept
 
 
-def _check_frequencies(frequencies: Mapping[str, Tensor], groups: list[TableGroup]) -> None:
-    rows = {name: group.weight.shape[0] for group in groups for name in group.names}
+def check_frequencies(frequencies: Mapping[str, Tensor], rows: Mapping[str, int]) -> None:
+    """Refuse counts that do not fit tables of so many rows.
+
+    Raises:
+        ValueError: of another shape, negative, or for none of the tables.
+    """
     for name, counts in frequencies.items():
         if name in rows and (counts.shape != (rows[name],) or bool((counts < 0).any())):
             raise ValueError(
@@ -224,9 +236,14 @@ def _check_frequencies(frequencies: Mapping[str, Tensor], groups: list[TableGrou
         )
 
 
-def _pack(
-    name: str, weight: Tensor, row_format: RowFormat, config: QuantizeConfig, counts: Tensor | None
+def pack_table(
+    name: str, weight: Tensor, row_format: RowFormat, config: QuantizeConfig, counts: Tensor | None = None
 ) -> PackedRows:
+    """The packed rows of one table, its ranges as the configuration wants them.
+
+    Raises:
+        ValueError: names the table and the rows that cannot be held.
+    """
     some_only = config.ranges is RowRange.SEARCH and counts is not None and config.search_coverage < 1
     try:
         packed = pack_rows(weight, row_format, ranges=RowRange.MIN_MAX if some_only else config.ranges)

@@ -44,13 +44,13 @@ class QuantizedEmbedding(nn.Module):
         self._refuse_training()
         return unpack_rows(self.rows, self._like.dtype)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """``[..., D]`` for integer ids ``[...]``."""
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., D]`` for integer ids ``[...]``; the argument is called as that of ``nn.Embedding``."""
         self._refuse_training()
         dtype = self._like.dtype
         direct = torch.float32 if dtype == torch.float64 else dtype
-        values = gather_rows(self.rows, ids.reshape(-1), dtype=direct).to(dtype)
-        return values.view(*ids.shape, self.embedding_dim)
+        values = gather_rows(self.rows, input.reshape(-1), dtype=direct).to(dtype)
+        return values.view(*input.shape, self.embedding_dim)
 
     def chunks(self, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """First row and numbers ``[some, D]`` of one part of the table after the other.
