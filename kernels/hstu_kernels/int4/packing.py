@@ -15,6 +15,7 @@ from hstu_kernels.int4.ranges import RowRange, integer_codes
 
 # Elements worked on at once: temporaries are some ten times this, in bytes.
 CHUNK_ELEMENTS = 1 << 22
+_CPU_UNPACK_ELEMENTS = 1 << 17
 _SHOWN_ROWS = 5
 
 
@@ -59,18 +60,31 @@ def pack_rows(
 
 def unpack_rows(packed: PackedRows, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values ``[rows, D]`` in ``dtype``: computed in float32, rounded once."""
-    dim, code_bytes = packed.dim, packed.format.code_bytes(packed.dim)
-    codes = packed.data[:, :code_bytes]
+    out = torch.empty(packed.num_rows, packed.dim, dtype=dtype, device=packed.device)
+    step = rows_at_once(packed.num_rows, packed.dim, packed.device)
+    for begin in range(0, packed.num_rows, step):
+        out[begin : begin + step] = _values(packed.data[begin : begin + step], packed.dim, packed.format)
+    return out
+
+
+def rows_at_once(rows: int, dim: int, device: torch.device) -> int:
+    """How many of ``rows`` to unpack at a time: on a CPU so many that temporaries stay in its cache, on a GPU all."""
+    return max(1, _CPU_UNPACK_ELEMENTS // dim if device.type == "cpu" else rows)
+
+
+def _values(data: Tensor, dim: int, row_format: RowFormat) -> Tensor:
+    codes = data[:, : row_format.code_bytes(dim)]
     # A copy: the bytes of a view need not lie on a boundary of the wider type.
-    tail = packed.data[:, code_bytes:].clone(memory_format=torch.contiguous_format)
-    if packed.format is RowFormat.FP8:
-        values = codes.contiguous().view(torch.float8_e4m3fn).to(torch.float32) * tail.view(torch.float32)
-        return values.to(dtype)
-    if packed.format is RowFormat.INT4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :dim]
+    tail = data[:, codes.shape[1] :].clone(memory_format=torch.contiguous_format)
+    if row_format is RowFormat.FP8:
+        return codes.contiguous().view(torch.float8_e4m3fn).to(torch.float32) * tail.view(torch.float32)
+    if row_format is RowFormat.INT4:
+        # Both nibbles of a byte into the two bytes of an integer, the low one first.
+        pairs = codes.to(torch.int16)
+        codes = ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)[:, :dim]
     scale_and_bias = tail.view(torch.float16).to(torch.float32)
     # The product is exact (11 bits times 8), so a fused multiply-add gives the same bits.
-    return (codes.to(torch.float32) * scale_and_bias[:, :1] + scale_and_bias[:, 1:]).to(dtype)
+    return codes.to(torch.float32).mul_(scale_and_bias[:, :1]).add_(scale_and_bias[:, 1:])
 
 
 def _integer_bytes(chunk: Tensor, row_format: RowFormat, choice: RowRange, begin: int) -> Tensor:
