@@ -85,7 +85,7 @@ def test_unchecked_ids_outside_give_rows_of_nan() -> None:
     inputs = gather_inputs(SERVED[0])
     ids = inputs.ids.clone()
     ids[3], ids[5], ids[6] = 40, -1, 2**40
-    actions = AddedRows(torch.ones(4, 32), torch.arange(67) % 6 - 1)
+    actions = AddedRows(torch.ones(4, 32), torch.arange(67) % 7 - 2)
     arguments = {"actions": actions, "dtype": torch.float32, "check_ids": False}
     by_kernel = gather_rows(inputs.table, ids, backend="triton", **arguments)  # type: ignore[arg-type]
     by_definition = gather_rows(inputs.table, ids, backend="eager", **arguments)  # type: ignore[arg-type]

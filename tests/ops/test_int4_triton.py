@@ -15,7 +15,7 @@ import torch
 
 from hstu_kernels.attention.triton import interpreting
 from hstu_kernels.int4 import PackedRows, RowFormat, gather_rows, pack_rows, unpack_rows
-from hstu_kernels.int4.triton.shape import NUM_WARPS, gather_shape
+from hstu_kernels.int4.triton.shape import LAUNCH_OPTIONS, gather_shape
 from tests.ops.int4_cases import GATHER_CASES, GatherCase, gather_inputs, gather_oracle
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -77,7 +77,7 @@ def compiled(
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": NUM_WARPS, "enable_fp_fusion": False},
+        options=LAUNCH_OPTIONS,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hstu_kernels.int4.format import PackedRows
 from hstu_kernels.int4.triton.gather import int4_gather_kernel
-from hstu_kernels.int4.triton.shape import NUM_WARPS, gather_shape
+from hstu_kernels.int4.triton.shape import LAUNCH_OPTIONS, gather_shape
 
 _UNITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -39,8 +39,6 @@ def triton_gather(
             *counts,
             float(item_scale),
             SHAPE=shape,
-            num_warps=NUM_WARPS,
-            # Product and sum rounded apart, as the tensor operations do: the same bits on every path.
-            enable_fp_fusion=False,
+            **LAUNCH_OPTIONS,
         )
     return out

@@ -9,7 +9,8 @@ from hstu_kernels.int4.format import TAIL_BYTES, PackedRows
 # Units that a program decodes at once, and the most that it takes from one row. Measured on no GPU yet.
 _TILE_UNITS = {1: 1024, 2: 1024, 4: 512}
 _MOST_COLUMNS = 128
-NUM_WARPS = 4
+# Product and sum are rounded apart, as the tensor operations do: the same bits on every path.
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @dataclass(frozen=True, slots=True)
