@@ -9,6 +9,7 @@ from hstu_plugin.config import HSTUConfig, RetrievalConfig
 from hstu_plugin.embedding import SequenceEmbedding
 from hstu_plugin.encoder import HSTUEncoder
 from hstu_plugin.losses import next_item_loss, normalise
+from hstu_plugin.quantized_embedding import QuantizedEmbedding
 from hstu_plugin.sequence import JaggedSequence
 
 
@@ -45,11 +46,17 @@ class HSTURetrieval(nn.Module):
         users = users.index_put((known,), rows.values[rows.last_history_rows()[known]])
         return normalise(users, self.retrieval.similarity)
 
-    def scores(self, users: Tensor, items: Tensor) -> Tensor:
-        """``[B, num_items]`` from `forward`'s user vectors and item table ``[num_items, D]``; -inf for the padding."""
-        scores = users @ normalise(items, self.retrieval.similarity).T / self.retrieval.temperature
-        padding = torch.arange(items.shape[0], device=items.device) == 0
-        return scores.masked_fill(padding, -torch.inf)
+    def scores(self, users: Tensor, items: Tensor | QuantizedEmbedding) -> Tensor:
+        """``[B, num_items]`` from `forward`'s user vectors and item table ``[num_items, D]``; -inf for the padding.
+
+        A quantised table is turned into numbers one part at a time.
+        """
+        if isinstance(items, QuantizedEmbedding):
+            products = items.scores(users, lambda rows: normalise(rows, self.retrieval.similarity))
+        else:
+            products = users @ normalise(items, self.retrieval.similarity).T
+        padding = torch.arange(products.shape[1], device=products.device) == 0
+        return (products / self.retrieval.temperature).masked_fill(padding, -torch.inf)
 
     def loss(
         self,

@@ -12,6 +12,7 @@ from hstu_plugin.adapters.recbole.register import refuse_multi_gpu
 from hstu_plugin.config import RowTime
 from hstu_plugin.embedding import init_item_table
 from hstu_plugin.losses import normalise
+from hstu_plugin.quantized_embedding import QuantizedEmbedding
 from hstu_plugin.retrieval import HSTURetrieval
 from hstu_plugin.sequence import JaggedSequence
 
@@ -40,7 +41,9 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
                 "it, or set `time_bias: False` to work with positions only"
             )
         self.time_list_field = f"{self.time_field}{config['LIST_SUFFIX']}"
-        self.item_embedding = nn.Embedding(self.n_items, self.hstu_config.embedding_dim, padding_idx=0)
+        self.item_embedding: nn.Embedding | QuantizedEmbedding = nn.Embedding(
+            self.n_items, self.hstu_config.embedding_dim, padding_idx=0
+        )
         init_item_table(self.item_embedding.weight)
         self.retrieval = HSTURetrieval(self.hstu_config, self.retrieval_config)
 
@@ -79,7 +82,10 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
 
     def full_sort_predict(self, interaction) -> Tensor:  # type: ignore[no-untyped-def]
         """``[B, n_items]`` scores; with ``filter_seen_items`` those of the input window are ``-inf``."""
-        scores = self.retrieval.scores(self.forward(interaction), self.item_embedding.weight)
+        table = self.item_embedding
+        # The weight of a quantised table would be all of it as numbers.
+        items = table if isinstance(table, QuantizedEmbedding) else table.weight
+        scores = self.retrieval.scores(self.forward(interaction), items)
         if self.filter_seen_items:
             scores = scores.scatter(1, interaction[self.ITEM_SEQ], -torch.inf)
         return scores

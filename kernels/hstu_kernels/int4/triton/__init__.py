@@ -1,0 +1,1 @@
+"""The dequantising gather in Triton; `launch` imports it when a call asks for it."""

@@ -1,0 +1,44 @@
+"""From tensors to the launch of the gather kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hstu_kernels.int4.format import PackedRows
+from hstu_kernels.int4.triton.gather import int4_gather_kernel
+from hstu_kernels.int4.triton.shape import LAUNCH_OPTIONS, gather_shape
+
+_UNITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+def triton_gather(
+    table: PackedRows, ids: Tensor, *, item_scale: float, added: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Tensor:
+    """Arguments and result as `hstu_kernels.int4.gather_rows`; at most two tables are added, in their order."""
+    out = torch.empty(ids.shape[0], table.dim, dtype=dtype, device=table.device)
+    if not out.numel():
+        return out
+    shape = gather_shape(table)
+    terms: list[Tensor | None] = []
+    for dense, dense_ids in added:
+        terms += [dense.contiguous(), dense_ids.contiguous()]
+    terms += [None] * (4 - len(terms))
+    counts = [dense.shape[0] for dense, _ in added] + [0] * (2 - len(added))
+    grid = (-(-ids.shape[0] // shape.block_rows),)
+    with torch.cuda.device_of(table.data):  # type: ignore[no-untyped-call]
+        int4_gather_kernel[grid](
+            table.data.view(_UNITS[shape.unit_bytes]),
+            ids.contiguous(),
+            *terms,
+            out,
+            ids.shape[0],
+            table.num_rows,
+            *counts,
+            float(item_scale),
+            SHAPE=shape,
+            **LAUNCH_OPTIONS,
+        )
+    return out

@@ -1,0 +1,159 @@
+"""The gather kernel: in Triton's interpreter (a process of its own), compiled for three generations, and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu_kernels.attention.triton import interpreting
+from hstu_kernels.int4 import PackedRows, RowFormat, gather_rows, pack_rows, unpack_rows
+from hstu_kernels.int4.triton.shape import LAUNCH_OPTIONS, gather_shape
+from tests.ops.int4_cases import GATHER_CASES, GatherCase, gather_inputs, gather_oracle
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: kernels are not compiled")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that this PyTorch can use")
+
+CASES = Path(__file__).with_name("interpreted_int4.py")
+SERVED = [case for case in GATHER_CASES if case.format is not RowFormat.FP8]
+
+
+def test_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        capture_output=True,
+        text=True,
+        cwd=CASES.parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile in earnest, not from an earlier run's files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def compiled(
+    capability: int, dim: int, *, row_format: RowFormat = RowFormat.INT4, out: str = "bf16", added: str | None = "bf16"
+) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hstu_kernels.int4.triton.gather import int4_gather_kernel as kernel
+
+    shape = gather_shape(PackedRows(torch.empty(1, row_format.row_bytes(dim), dtype=torch.uint8), dim, row_format))
+    types = {
+        "data_ptr": f"*{ {4: 'i32', 2: 'i16', 1: 'u8'}[shape.unit_bytes] }",
+        "out_ptr": f"*{out}",
+        "action_ptr": f"*{added}",
+        "position_ptr": f"*{added}",
+        "total_rows": "i32",
+        "num_rows": "i32",
+        "num_actions": "i32",
+        "num_positions": "i32",
+        "item_scale": "fp32",
+    }
+    constants: dict[str, Any] = {"SHAPE": shape}
+    if added is None:
+        constants |= dict.fromkeys(("action_ptr", "action_ids_ptr", "position_ptr", "position_ids_ptr"))
+    signature = {a: "constexpr" if a in constants else types.get(a, "*i64") for a in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")}
+    return triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options=LAUNCH_OPTIONS,
+    )
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dim", [128, 512])
+def test_memory_is_accessed_in_wide_steps(capability: int, dim: int) -> None:
+    kernel = compiled(capability, dim)
+    code = kernel.asm["ptx"]
+    # Eight bfloat16 of a row at once, written and read; nothing is passed between threads on the way.
+    assert re.search(r"st\.global\.v4\.b32", code)
+    assert re.search(r"ld\.global\.v4\.b32", code)
+    assert kernel.metadata.shared == 0
+    assert "fma.rn.f32" not in code
+
+
+OTHERS = [
+    (7, RowFormat.INT4, "fp32", "fp32"),
+    (50, RowFormat.INT4, "bf16", "fp32"),
+    (12, RowFormat.INT4, "fp16", None),
+    (1100, RowFormat.INT4, "bf16", "bf16"),
+    (128, RowFormat.INT8, "bf16", "bf16"),
+    (13, RowFormat.INT8, "fp16", "fp16"),
+]
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(("dim", "row_format", "out", "added"), OTHERS, ids=str)
+def test_other_shapes_compile(dim: int, row_format: RowFormat, out: str, added: str | None) -> None:
+    code = compiled(90, dim, row_format=row_format, out=out, added=added).asm["ptx"]
+    assert ".local" not in code, "values are spilled to local memory"
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_the_same_bits_on_a_gpu(case: GatherCase, dtype: torch.dtype) -> None:
+    inputs = gather_inputs(case, "cuda")
+    expected = gather_oracle(inputs, dtype)
+    for backend in ("triton", "eager"):
+        out = gather_rows(inputs.table, inputs.ids, dtype=dtype, backend=backend, **inputs.keywords())  # type: ignore[arg-type]
+        assert torch.equal(out.cpu(), expected), backend
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("row_format", list(RowFormat))
+def test_packing_on_a_gpu_gives_the_same_bytes(row_format: RowFormat) -> None:
+    values = torch.randn(1000, 67, generator=torch.Generator().manual_seed(0)) ** 3
+    on_cpu, on_cuda = pack_rows(values, row_format), pack_rows(values.cuda(), row_format)
+    assert torch.equal(on_cuda.data.cpu(), on_cpu.data)
+    assert torch.equal(unpack_rows(on_cuda).cpu(), unpack_rows(on_cpu))
+
+
+@pytest.mark.cuda
+@on_gpu
+def test_rows_beyond_two_gib() -> None:
+    rows = (1 << 31) // RowFormat.INT4.row_bytes(512) + 1000
+    if torch.cuda.mem_get_info()[0] < 4 << 30:
+        pytest.skip("needs 4 GiB of free GPU memory")
+    data = torch.zeros(rows, RowFormat.INT4.row_bytes(512), dtype=torch.uint8, device="cuda")
+    last = pack_rows(torch.randn(5, 512, device="cuda"))
+    data[-5:] = last.data
+    ids = torch.arange(rows - 5, rows, device="cuda")
+    out = gather_rows(PackedRows(data, 512), ids, dtype=torch.float32, backend="triton")
+    assert torch.equal(out, unpack_rows(last))
+
+
+@pytest.mark.cuda
+@on_gpu
+def test_ids_are_checked_on_a_gpu_when_asked_for() -> None:
+    inputs = gather_inputs(SERVED[0], "cuda")
+    ids = inputs.ids.clone()
+    ids[0] = inputs.table.num_rows
+    with pytest.raises(ValueError, match="ids: expected ids in"):
+        gather_rows(inputs.table, ids, check_ids=True)
+    for backend in ("triton", "eager"):
+        assert torch.isnan(gather_rows(inputs.table, ids, backend=backend)[0]).all()
