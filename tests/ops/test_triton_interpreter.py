@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's CPU interpreter: the cases of `interpreted_triton.py`, in a process of their own.
+"""The Triton kernels in Triton's CPU interpreter: the cases of the `interpreted_*.py` files, in processes of their own.
 
 Triton reads TRITON_INTERPRET when kernels are defined, so that a process has either interpreted or compiled ones.
 """
@@ -14,15 +14,16 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-CASES = Path(__file__).with_name("interpreted_triton.py")
+FOLDER = Path(__file__).parent
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_layer.py"])
+def test_kernels_in_the_interpreter(file: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)],
         capture_output=True,
         text=True,
-        cwd=CASES.parents[2],
+        cwd=FOLDER.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         timeout=500,
         check=False,
