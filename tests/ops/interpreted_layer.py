@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hstu_kernels import gated_linear, gated_norm, norm_linear_silu
+from hstu_kernels import JaggedLayout, gated_linear, gated_norm, norm_linear_silu
 from hstu_kernels.gated_norm import ops as gate_ops
 from hstu_kernels.projection import ops as silu_ops
 from hstu_kernels.testing import poisoned_empty
+from hstu_plugin.config import HSTUConfig, Variant
+from hstu_plugin.layer import HSTULayer
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_interpreter.py"
 torch.set_num_threads(1)
@@ -122,3 +124,33 @@ def test_a_layer_compiles_into_one_graph() -> None:
     leaves: list[Tensor | None] = [x, weight, out_weight]
     for got, wanted in zip(run(graph, leaves), run(layer, leaves), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("variant", list(Variant), ids=str)
+def test_a_layer_of_the_plugin_runs_in_these_kernels(variant: Variant) -> None:
+    """The same outputs and gradients as in PyTorch's own operations."""
+    lengths = torch.tensor([9, 0, 14])
+    layout = JaggedLayout.from_lengths(lengths)
+    times = torch.arange(23) * 977
+    results = []
+    for backend in ("eager", "triton"):
+        torch.manual_seed(0)
+        config = HSTUConfig(embedding_dim=32, num_heads=2, max_seq_len=16, variant=variant, backend=backend)
+        layer = HSTULayer(config).eval()
+        x = torch.randn(23, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = layer(x, layout, times, times)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_in_training_drops_its_share() -> None:
+    config = HSTUConfig(embedding_dim=32, num_heads=1, max_seq_len=16, dropout=0.5, backend="triton")
+    layer = HSTULayer(config)
+    layout, x = JaggedLayout.from_lengths(torch.tensor([12])), torch.randn(12, 32)
+    first, second = (layer(x, layout, torch.arange(12), torch.arange(12)) for _ in range(2))
+    assert not torch.equal(first, second)
+    layer.eval()
+    again = [layer(x, layout, torch.arange(12), torch.arange(12)) for _ in range(2)]
+    assert torch.equal(*again)

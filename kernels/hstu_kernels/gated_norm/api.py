@@ -196,9 +196,13 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
 
 def resolved_backend(x: Tensor, backend: Backend | str) -> Backend:
     """`resolve_backend` for rows ``x``."""
-    facts = CallFacts(
-        device_type=x.device.type, dtype=x.dtype, triton_installed=triton_installed(), interpreting=interpreting()
-    )
+    facts = None
+    if backend == Backend.TRITON:
+        # Only then: looking for Triton is not free.
+        installed, interpreted = triton_installed(), interpreting()
+        facts = CallFacts(
+            device_type=x.device.type, dtype=x.dtype, triton_installed=installed, interpreting=interpreted
+        )
     return resolve_backend(backend, facts)
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from hstu_kernels.dropout import drop_threshold
-from hstu_kernels.gated_norm.reference import Gradients
 from hstu_kernels.gated_norm.triton.kernels import gate_bwd_kernel, gate_fwd_kernel
 
 # Elements of a tile: a row of 512 columns shares a program with three others.
@@ -71,7 +70,7 @@ def gate_backward(
     *,
     dropout: float,
     concat: bool,
-) -> Gradients:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference; partial sums of the parameters in float32."""
     rows, width = a.shape
     a, u, grad = _dense_columns(a), None if u is None else _dense_columns(u), grad.contiguous()
