@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.attention.cases import BACKWARD_FACTOR, jagged_lengths, visible_pairs
 from hstu_kernels import Backend, JaggedLayout
-from hstu_plugin.config import HSTUConfig
+from hstu_plugin.config import HSTUConfig, Variant
 from hstu_plugin.encoder import HSTUEncoder
 from hstu_plugin.layer import HSTULayer
 from hstu_plugin.sequence import JaggedSequence
@@ -31,7 +31,12 @@ def cases(*, layers: int, variant: str, tiny: bool) -> list[Case]:
     """Width 512, heads 4 x 128; 16 sequences of 2048 rows, all alike or on average."""
     count, mean, longest, width, heads = (2, 12, 24, 32, 2) if tiny else (16, 2048, 4096, 512, 4)
     config = HSTUConfig(
-        embedding_dim=width, num_heads=heads, num_layers=layers, max_seq_len=longest, variant=variant, dropout=0.1
+        embedding_dim=width,
+        num_heads=heads,
+        num_layers=layers,
+        max_seq_len=longest,
+        variant=Variant(variant),
+        dropout=0.1,
     )
     jagged = jagged_lengths(count, longest, mean / longest)
     return [
