@@ -8,12 +8,16 @@ from torch.nn import functional as F
 
 from hstu_kernels import (
     AttentionPlan,
+    Backend,
     JaggedLayout,
     LayerKV,
     RelativeBias,
+    gated_linear,
     hstu_attention,
     hstu_target_attention,
+    norm_linear_silu,
 )
+from hstu_kernels.gated_norm.api import resolved_backend
 from hstu_plugin.config import HSTUConfig, Variant
 
 _INIT_STD = 0.02
@@ -114,18 +118,49 @@ class HSTULayer(nn.Module):
         """``u [L, H * Dv]``, ``v [L, H, Dv]``, ``q, k [L, H, Dqk]``."""
         config = self.config
         heads, qk, uv = config.num_heads, config.attention_dim, config.linear_dim
-        mixed: Tensor = self.uvqk(self.input_norm(x))
-        if config.variant is Variant.PRODUCTION:
-            gate, rest = mixed.tensor_split([heads * uv], dim=-1)
-            mixed = torch.cat([F.silu(gate), rest], dim=-1)
+        if self._fused(x):
+            activated = heads * uv if config.variant is Variant.PRODUCTION else self.uvqk.out_features
+            norm = (self.input_norm.weight, self.input_norm.bias)
+            mixed = norm_linear_silu(
+                x,
+                *norm,
+                self.uvqk.weight,
+                self.uvqk.bias,
+                eps=config.norm_eps,
+                activated=activated,
+                backend=config.backend,
+            )
         else:
-            mixed = F.silu(mixed)
+            mixed = self._activate(self.uvqk(self.input_norm(x)))
         ends = [heads * uv, 2 * heads * uv, heads * (2 * uv + qk)]
         u, v, q, k = mixed.tensor_split(ends, dim=-1)
         return u, v.reshape(-1, heads, uv), q.reshape(-1, heads, qk), k.reshape(-1, heads, qk)
 
+    def _fused(self, x: Tensor) -> bool:
+        """Whether norms, SiLU and gate run in kernels of their own; otherwise they are PyTorch's."""
+        return resolved_backend(x, self.config.backend) is Backend.TRITON
+
+    def _activate(self, mixed: Tensor) -> Tensor:
+        if self.config.variant is not Variant.PRODUCTION:
+            return F.silu(mixed)
+        gate, rest = mixed.tensor_split([self.config.num_heads * self.config.linear_dim], dim=-1)
+        return torch.cat([F.silu(gate), rest], dim=-1)
+
     def _gate(self, x: Tensor, u: Tensor, attended: Tensor) -> Tensor:
         attended = attended.reshape(u.shape)
+        if self._fused(attended):
+            return x + gated_linear(
+                attended,
+                u,
+                self.output_norm.weight,
+                self.output_norm.bias,
+                self.output.weight,
+                self.output.bias,
+                eps=self.config.norm_eps,
+                dropout=self.config.dropout if self.training else 0.0,
+                concat=self.config.variant is Variant.PRODUCTION,
+                backend=self.config.backend,
+            )
         y = self.output_norm(attended) * u
         if self.config.variant is Variant.PRODUCTION:
             y = torch.cat([u, attended, y], dim=-1)

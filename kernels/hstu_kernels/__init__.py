@@ -3,8 +3,10 @@
 from hstu_kernels.attention import AttentionPlan, hstu_attention, hstu_target_attention, plan_attention
 from hstu_kernels.backend import Backend, UnsupportedBackend, resolve_backend
 from hstu_kernels.bias import RelativeBias, next_event_timestamps
+from hstu_kernels.gated_norm import gated_linear, gated_norm
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask, KeyRange
+from hstu_kernels.projection import norm_linear_silu
 
 __all__ = [
     "AttentionMask",
@@ -15,9 +17,12 @@ __all__ = [
     "LayerKV",
     "RelativeBias",
     "UnsupportedBackend",
+    "gated_linear",
+    "gated_norm",
     "hstu_attention",
     "hstu_target_attention",
     "next_event_timestamps",
+    "norm_linear_silu",
     "plan_attention",
     "resolve_backend",
 ]

@@ -14,15 +14,16 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+FOLDER = Path(__file__).parent
 
-@pytest.mark.parametrize("name", ["interpreted_schedule.py", "interpreted_triton.py"])
-def test_kernels_in_the_interpreter(name: str) -> None:
-    cases = Path(__file__).with_name(name)
+
+@pytest.mark.parametrize("file", ["interpreted_schedule.py", "interpreted_triton.py", "interpreted_layer.py"])
+def test_kernels_in_the_interpreter(file: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)],
         capture_output=True,
         text=True,
-        cwd=cases.parents[2],
+        cwd=FOLDER.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         timeout=500,
         check=False,

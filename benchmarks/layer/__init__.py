@@ -1,0 +1,1 @@
+"""Speed and memory of a training step of whole layers: ``python -m benchmarks.layer run|report``."""

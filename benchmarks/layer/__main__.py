@@ -1,0 +1,194 @@
+"""``python -m benchmarks.layer``: a training step of a stack of layers, checked, timed, recorded, reported.
+
+A step is forward, backward and a fused AdamW step under bfloat16 autocast with float32 weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor, nn
+
+from benchmarks.layer.models import CONTENDERS, Batch, Case, Ours, cases, make_batch, training_flops
+from benchmarks.ledger import RESULTS, LedgerError, append, read
+from benchmarks.machine import measure_ceilings, provenance
+from benchmarks.timing import peak_mebibytes, time_calls
+from hstu_kernels import UnsupportedBackend
+from hstu_kernels.gated_norm.api import resolved_backend
+from hstu_plugin.config import Variant
+
+LEDGER = RESULTS / "layer.csv"
+_MACHINE = ("taken_at", "commit", "device", "torch", "triton", "python", "cuda", "matmul_tflops", "copy_tbs")
+_CASE = ("case", "variant", "layers", "width", "heads", "head_dim", "batch", "total_rows", "contender")
+COLUMNS = (*_MACHINE, *_CASE, "p20_ms", "p50_ms", "p80_ms", "samples", "gflop", "tflops", "peak_mib", "relative_error")
+_PATH = click.Path(path_type=Path, dir_okay=False)
+
+
+class Wrong(Exception):
+    """A contender's gradients are too far from float32."""
+
+
+@click.group(help=__doc__, context_settings={"max_content_width": 110})
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.option("--contender", "names", multiple=True, type=click.Choice(list(CONTENDERS)), help="Default: all.")
+@click.option("--case", "chosen", multiple=True, type=click.Choice(["full", "jagged"]), help="Default: both.")
+@click.option("--layers", default=8, show_default=True)
+@click.option("--variant", type=click.Choice(list(Variant)), default=Variant.ULTRA, show_default=True)
+@click.option("--device", default=None, help="Default: cuda where there is one, else cpu.")
+@click.option("--seconds", default=1.0, show_default=True, help="Aim for each measurement.")
+@click.option("--tiny", is_flag=True, help="A few rows, to try the command.")
+@click.option("--output", type=_PATH, default=LEDGER, show_default=True, help="CSV to append to.")
+@click.option("--commit", help="To record. Default: that of this checkout.")
+@click.option("--dry-run", is_flag=True, help="Record nothing.")
+def run(
+    names: tuple[str, ...],
+    chosen: tuple[str, ...],
+    layers: int,
+    variant: str,
+    device: str | None,
+    seconds: float,
+    tiny: bool,
+    output: Path,
+    commit: str | None,
+    dry_run: bool,
+) -> None:
+    """Time a training step. Gradients are checked first; one that is wrong ends the run."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ceilings = measure_ceilings(place, seconds=min(seconds, 0.3))
+    about = provenance(place, commit) | {"matmul_tflops": ceilings.matmul_tflops, "copy_tbs": ceilings.copy_tbs}
+    for case in cases(layers=layers, variant=variant, tiny=tiny):
+        if chosen and case.name not in chosen:
+            continue
+        batch = make_batch(case, place)
+        for name in names or CONTENDERS:
+            torch.compiler.reset()
+            try:
+                error = _check(name, case, batch)
+                row = about | _describe(case) | {"contender": name, "relative_error": error}
+                row |= _measure(name, case, batch, seconds)
+            except Wrong as wrong:
+                raise click.ClickException(str(wrong)) from None
+            except (UnsupportedBackend, torch.OutOfMemoryError) as reason:
+                click.echo(f"{case.name:7} {name:16} not measured: {str(reason).splitlines()[0]}")
+                continue
+            click.echo(
+                f"{case.name:7} {name:16} {row['p50_ms']:9.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}] "
+                f"{row['tflops']:.4g} TFLOP/s" + (f" peak {row['peak_mib']:.0f} MiB" if row["peak_mib"] else "")
+            )
+            if not dry_run:
+                append(output, COLUMNS, [row])
+
+
+@main.command()
+@click.option("--input", "source", type=_PATH, default=LEDGER, show_default=True)
+@click.option("--output", type=_PATH, default=RESULTS / "layer.md", show_default=True)
+def report(source: Path, output: Path) -> None:
+    """Write a table of the newest rows of the device of the last row."""
+    try:
+        rows = read(source, COLUMNS)
+    except LedgerError as error:
+        raise click.ClickException(str(error)) from None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(markdown(rows), encoding="utf-8")
+    click.echo(output)
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Step time and memory of the newest rows, and both relative to our eager backend."""
+    device = rows[-1]["device"]
+    newest = {(r["case"], r["variant"], r["layers"], r["contender"]): r for r in rows if r["device"] == device}
+    last = rows[-1]
+    text = (
+        f"# Layers: a recorded training step\n\n{device}; torch {last['torch']}; Triton {last['triton']}; commit "
+        f"{last['commit'][:9]}; in the same run a bf16 product of {float(last['matmul_tflops']):.3g} TFLOP/s. Forward, "
+        "backward and fused AdamW under bfloat16 autocast; `sdpa-compiled` is softmax attention, with the jagged batch "
+        "padded.\n\n"
+    )
+    header = ["case", "variant", "layers", "contender", "step, ms", "TFLOP/s", "peak MiB", "faster", "memory"]
+    lines = [header, ["---"] * len(header)]
+    for (case, variant, layers, contender), row in newest.items():
+        base = newest.get((case, variant, layers, "eager"))
+        ratios = ["", ""]
+        if base is not None:
+            ratios[0] = f"{float(base['p50_ms']) / float(row['p50_ms']):.2f}"
+            ratios[1] = f"{float(row['peak_mib']) / float(base['peak_mib']):.2f}" if row["peak_mib"] else ""
+        time = f"{float(row['p50_ms']):.4g} [{float(row['p20_ms']):.4g}, {float(row['p80_ms']):.4g}]"
+        lines.append([case, variant, layers, contender, time, row["tflops"], row["peak_mib"], *ratios])
+    return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _describe(case: Case) -> dict[str, object]:
+    config = case.config
+    return {
+        "case": case.name,
+        "variant": config.variant.value,
+        "layers": config.num_layers,
+        "width": config.embedding_dim,
+        "heads": config.num_heads,
+        "head_dim": config.attention_dim,
+        "batch": len(case.lengths),
+        "total_rows": sum(case.lengths),
+    }
+
+
+def _measure(name: str, case: Case, batch: Batch, seconds: float) -> dict[str, object]:
+    device = batch.x.device
+    model = CONTENDERS[name](case).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        _backward(model, batch, autocast=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    # Moments exist from the first step on.
+    step()
+    peak = peak_mebibytes(step, device)
+    spread = time_calls([step], device, seconds=seconds)
+    gflop = training_flops(case) / 1e9
+    times = {"p20_ms": spread.p20, "p50_ms": spread.p50, "p80_ms": spread.p80, "samples": spread.samples}
+    return times | {"gflop": gflop, "tflops": gflop / spread.p50, "peak_mib": peak}
+
+
+def _check(name: str, case: Case, batch: Batch) -> float | None:
+    """Relative error of our gradients against float32, which may be twice that of the eager backend."""
+    if name == "sdpa-compiled":
+        return None
+    if name.startswith("triton"):
+        # Here, since a compiler would wrap the refusal in one of its own.
+        resolved_backend(batch.x, "triton")
+
+    def gradients(make: str, *, autocast: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = CONTENDERS[make](case) if make != "exact" else Ours(case, "eager")
+        model = model.to(batch.x.device).eval()
+        _backward(model, batch, autocast=autocast)
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        return torch.cat([grad.detach().double().flatten() for grad in found])
+
+    exact = gradients("exact", autocast=False)
+
+    def error(make: str) -> float:
+        return float((gradients(make, autocast=True) - exact).norm() / exact.norm())
+
+    found, allowed = error(name), 2 * error("eager") + 1e-3
+    # Written so that NaN fails.
+    if not found <= allowed:
+        raise Wrong(f"{name}, {case.name}: gradients are off by {found:.3g} of their norm, allowed {allowed:.3g}")
+    return found
+
+
+def _backward(model: nn.Module, batch: Batch, *, autocast: bool) -> None:
+    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=autocast):
+        out = model(batch)
+    out.float().backward(batch.grad)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""``python -m benchmarks.layer`` on a CPU."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from benchmarks.layer import __main__ as command
+from benchmarks.layer.models import CONTENDERS, Ours, cases, training_flops
+
+TINY = ["run", "--tiny", "--device", "cpu", "--layers", "2", "--seconds", "0.001"]
+
+
+def test_a_step_is_checked_timed_recorded_and_reported(tmp_path: Path) -> None:
+    path, text = tmp_path / "layer.csv", tmp_path / "layer.md"
+    words = ["--contender", "eager", "--contender", "triton", "--output", str(path), "--commit", "abc"]
+    done = CliRunner().invoke(command.main, [*TINY, *words])
+    assert done.exit_code == 0, done.output
+    assert "triton           not measured" in done.output
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    assert [(row["case"], row["contender"], row["commit"]) for row in rows] == [
+        ("full", "eager", "abc"),
+        ("jagged", "eager", "abc"),
+    ]
+    assert all(float(row["p50_ms"]) > 0 and 0 < float(row["relative_error"]) < 0.05 for row in rows)
+    done = CliRunner().invoke(command.main, ["report", "--input", str(path), "--output", str(text)])
+    assert done.exit_code == 0, done.output
+    assert "| full | ultra | 2 | eager |" in text.read_text(encoding="utf-8")
+
+
+def test_a_wrong_contender_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(Ours):
+        def forward(self, *args: object) -> torch.Tensor:
+            return super().forward(*args) * 1.2  # type: ignore[arg-type]
+
+    monkeypatch.setitem(CONTENDERS, "eager-compiled", lambda case: Wrong(case, "eager"))
+    done = CliRunner().invoke(
+        command.main, [*TINY, "--contender", "eager-compiled", "--output", str(tmp_path / "x.csv")]
+    )
+    assert done.exit_code == 1
+    assert "gradients are off by" in done.output
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_work_counts_every_product_once() -> None:
+    full, jagged = cases(layers=8, variant="ultra", tiny=False)
+    rows = 16 * 2048
+    linear = 3 * 2 * rows * 512 * (2048 + 512)
+    attention = 3.5 * 2 * 16 * (2048 * 2049 // 2) * 1024
+    assert training_flops(full) == 8 * (linear + attention)
+    assert abs(sum(jagged.lengths) / 16 - 2048) < 64
+    production = cases(layers=1, variant="production", tiny=False)[0]
+    assert training_flops(production) > training_flops(full) / 8
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["full", "jagged"])
+def test_the_softmax_layers_have_the_same_linear_weights(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    case = cases(layers=2, variant="ultra", tiny=True)[which]
+
+    def count(model: nn.Module) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    softmax = CONTENDERS["sdpa-compiled"](case)
+    assert count(softmax) == count(CONTENDERS["eager"](case))
+    batch = command.make_batch(case, torch.device("cpu"))
+    command._backward(softmax, batch, autocast=True)
+    assert all(p.grad is not None for p in softmax.parameters())
