@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from hstu_plugin.config import HSTUConfig
 from hstu_plugin.events import Events
-from hstu_plugin.ranker import HSTURanker
+from hstu_plugin.ranker import HSTURanker, MultiTaskHead
 from hstu_plugin.ranking_config import RankingConfig, RankingFeatures, TokenForm
 from hstu_plugin.ranking_embedding import RankingEmbedding
 
@@ -52,12 +53,27 @@ class RankingBatch:
         )
 
 
-class RankingModel(nn.Module):
+class WindowRanker(nn.Module, ABC):
+    """A model that ranks the candidates of windows; HSTU and the baselines it is compared with."""
+
+    head: MultiTaskHead
+
+    @abstractmethod
+    def forward(self, batch: RankingBatch) -> Tensor:
+        """``[T, num_tasks]``: logits of binary tasks, values of regressions, as in use."""
+
+    def training_scores(self, batch: RankingBatch) -> Tensor:
+        """``[T, num_tasks]`` for the loss; no score depends on the candidate's own action."""
+        scores: Tensor = self(batch)
+        return scores
+
+
+class RankingModel(WindowRanker):
     """HSTU or ULTRA-HSTU as a ranker of windows.
 
-    ``forward`` scores candidates as in use. `training_scores` is what the loss is computed from: the same for summed
-    tokens, whose candidates stand behind the history in item form; for interleaved tokens one pass over history and
-    candidates as one series, in which every candidate also has the actions before it.
+    Training on summed tokens scores candidates as in use, behind the history in item form. Training on interleaved
+    tokens takes history and candidates as one series in one pass, so that every candidate also has the actions before
+    it.
     """
 
     def __init__(self, features: RankingFeatures, config: HSTUConfig, ranking: RankingConfig) -> None:
@@ -65,22 +81,18 @@ class RankingModel(nn.Module):
         self.embedding = RankingEmbedding(features, config.embedding_dim)
         self.ranker = HSTURanker(config, ranking)
 
+    @property
+    def head(self) -> MultiTaskHead:  # type: ignore[override]
+        return self.ranker.head
+
     def forward(self, batch: RankingBatch) -> Tensor:
-        """``[T, num_tasks]``: logits of binary tasks, values of regressions."""
+        """As `WindowRanker.forward`."""
         scores: Tensor = self.ranker(self.embedding.scoring(batch.history, batch.candidates, batch.users))
         return scores
 
     def training_scores(self, batch: RankingBatch) -> Tensor:
-        """``[T, num_tasks]`` for the loss; no score depends on the candidate's own action."""
+        """As `WindowRanker.training_scores`."""
         if self.embedding.features.form is TokenForm.SUMMED:
-            return self(batch)  # type: ignore[no-any-return]
+            return super().training_scores(batch)
         seq, rows = self.embedding.generative(batch.history, batch.candidates, batch.users)
         return self.ranker.score_rows(seq, rows)
-
-    def predictions(self, scores: Tensor) -> Tensor:
-        """Scores with probabilities in place of logits."""
-        return self.ranker.head.predictions(scores)
-
-    def start_from(self, means: Tensor) -> None:
-        """Let the untrained model predict the labels' means ``[num_tasks]``."""
-        self.ranker.head.start_from(means)

@@ -37,10 +37,8 @@ def test_merging_equals_a_stable_sort_of_each_user(seed: int) -> None:
         make([0, 0, 2, 1], seed=1, first=200),
     ]
     merged, places = merge_by_time(parts)
-    expected = [
-        sorted([row for own in rows for row in own], key=lambda row: row[1])
-        for rows in zip(*map(per_user, parts), strict=True)
-    ]
+    users = zip(*map(per_user, parts), strict=True)
+    expected = [sorted((row for own in rows for row in own), key=lambda row: row[1]) for rows in users]
     assert per_user(merged) == expected
     assert all(torch.equal(merged.values[place], part.values) for part, place in zip(parts, places, strict=True))
 

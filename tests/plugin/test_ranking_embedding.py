@@ -12,7 +12,8 @@ from hstu_kernels import JaggedLayout
 from hstu_plugin.events import Events, check_ids, join_events
 from hstu_plugin.ranking_config import Categorical, Intensity, RankingFeatures
 from hstu_plugin.ranking_embedding import ActionEncoder, RankingEmbedding
-from tests.plugin.ranking_cases import make_events, make_features
+
+from .ranking_cases import make_events, make_features
 
 
 def one_event(**columns: Any) -> Events:

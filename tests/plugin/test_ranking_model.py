@@ -15,7 +15,8 @@ from hstu_plugin.ranking_config import Categorical, RankingFeatures, TokenForm
 from hstu_plugin.ranking_embedding import RankingEmbedding, with_targets
 from hstu_plugin.ranking_model import RankingBatch, RankingModel
 from hstu_plugin.sequence import JaggedSequence
-from tests.plugin.ranking_cases import make_batch, make_features, make_model
+
+from .ranking_cases import make_batch, make_features, make_model
 
 FORMS = {
     "summed": make_features(),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hstu_plugin.ranking_windows import EventLog, cut_windows, window_batch
-from tests.plugin.ranking_cases import make_events, make_features
+
+from .ranking_cases import make_events, make_features
 
 LENGTHS = [7, 0, 1, 23, 4]
 
