@@ -28,7 +28,7 @@ class HSTUEncoder(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, HSTULayer)]
 
     def forward(self, seq: JaggedSequence, request_timestamps: Tensor | None = None) -> JaggedSequence:
-        """Transform ``seq`` (targets allowed).
+        """Transform ``seq`` (targets allowed). With truncation only `output_rows` come out, in a layout of their own.
 
         Args:
             seq: ``[contextual | history | targets]`` tokens ``[L, D]``; timestamps when the config has a time bias.
@@ -38,13 +38,21 @@ class HSTUEncoder(nn.Module):
         Raises:
             ValueError: timestamps are missing or do not fit.
         """
-        return self._run(seq, request_timestamps)[0]
+        return self._run(seq, request_timestamps, None)
+
+    def output_rows(self, seq: JaggedSequence) -> Tensor:
+        """``[L]`` bool: the rows of ``seq`` that have an output. All of them, unless the config truncates."""
+        if not self.config.truncates:
+            return torch.ones(seq.values.shape[0], dtype=torch.bool, device=seq.values.device)
+        return seq.recent_rows(self.config.truncate_to)
 
     def prefill(self, seq: JaggedSequence, request_timestamps: Tensor | None = None) -> tuple[JaggedSequence, KVCache]:
         """As `forward` over histories without targets, and the keys and values that `decode` needs."""
         if seq.layout.num_targets is not None:
             raise ValueError("seq: expected histories without targets; take seq.history() first")
-        return self._run(seq, request_timestamps)
+        cache: list[LayerKV] = []
+        rows = self._run(seq, request_timestamps, cache)
+        return rows, tuple(cache)
 
     def decode(self, targets: JaggedSequence, cache: KVCache) -> JaggedSequence:
         """Targets ``[T, D]`` against cached histories; equals the target rows of `forward` over both.
@@ -63,23 +71,35 @@ class HSTUEncoder(nn.Module):
             x = layer.decode(x, targets.layout, targets.timestamps, kv)
         return targets.with_values(x)
 
-    def _run(self, seq: JaggedSequence, request_timestamps: Tensor | None) -> tuple[JaggedSequence, KVCache]:
+    def _run(
+        self, seq: JaggedSequence, request_timestamps: Tensor | None, cache: list[LayerKV] | None
+    ) -> JaggedSequence:
+        """All layers; their keys and values go into ``cache`` when there is one, and are let go otherwise."""
         self._check_times(seq)
-        timestamps = seq.timestamps if self.config.time_bias else None
         rows = self._row_timestamps(seq, request_timestamps)
-        plan = self._plan(seq, timestamps, rows)
-        x = seq.values
-        cache = []
-        for layer in self._stack():
-            x, kv = layer.prefill(x, seq.layout, timestamps, rows, plan)
-            cache.append(kv)
-        return seq.with_values(x), tuple(cache)
+        plan = self._plan(seq, rows)
+        for index, layer in enumerate(self._stack()):
+            if self.config.truncates and index == self.config.truncate_after_layers:
+                # A row keeps the time it asks at; behind a dropped row the next event would be another one.
+                rows = None if rows is None else rows[seq.recent_rows(self.config.truncate_to)]
+                seq = seq.keep_recent(self.config.truncate_to)
+                plan = self._plan(seq, rows)
+            if cache is None:
+                x = layer(seq.values, seq.layout, self._key_times(seq), rows, plan)
+            else:
+                x, kv = layer.prefill(seq.values, seq.layout, self._key_times(seq), rows, plan)
+                cache.append(kv)
+            seq = seq.with_values(x)
+        return seq
 
-    def _plan(self, seq: JaggedSequence, timestamps: Tensor | None, row_timestamps: Tensor | None) -> AttentionPlan:
+    def _key_times(self, seq: JaggedSequence) -> Tensor | None:
+        return seq.timestamps if self.config.time_bias else None
+
+    def _plan(self, seq: JaggedSequence, row_timestamps: Tensor | None) -> AttentionPlan:
         return plan_attention(
             seq.layout,
             self.config.mask,
-            bias=self._stack()[0].bias(timestamps, row_timestamps),
+            bias=self._stack()[0].bias(self._key_times(seq), row_timestamps),
             total_rows=seq.values.shape[0],
             backend=self.config.backend,
         )

@@ -14,7 +14,8 @@ from hstu_kernels import (
     hstu_attention,
     hstu_target_attention,
 )
-from hstu_plugin.config import HSTUConfig, Variant
+from hstu_plugin.config import HSTUConfig, Recompute, Variant
+from hstu_plugin.recompute import Autocast, Rebuilder, rerun, unchanged
 
 _INIT_STD = 0.02
 
@@ -67,7 +68,20 @@ class HSTULayer(nn.Module):
         plan: AttentionPlan | None = None,
     ) -> Tensor:
         """``[L, D] -> [L, D]`` over ``[contextual | history | targets]``; times are ``[L]`` int64 seconds."""
-        return self.prefill(x, layout, timestamps, row_timestamps, plan)[0]
+        bias = self.bias(timestamps, row_timestamps)
+        if not (self.config.recompute and torch.is_grad_enabled()):
+            u, v, q, k = self._project(x)
+            return self._gate(x, u, self._attend(q, k, v, layout, bias, plan))
+        rebuilder = Rebuilder()
+        with rebuilder.watching():
+            u, v, q, k = self._project_and_drop(x, rebuilder)
+            attended = self._attend(q, k, v, layout, bias, plan)
+            if Recompute.GATED_OUTPUT not in self.config.recompute:
+                return self._gate(x, u, attended)
+            norm, output = self.output_norm, self.output
+            weights = (norm.weight, norm.bias, output.weight, output.bias)
+            random = self.training and self.config.dropout > 0
+            return x + rerun(self._gated_output, u, attended, *weights, random=random)
 
     def prefill(
         self,
@@ -77,20 +91,9 @@ class HSTULayer(nn.Module):
         row_timestamps: Tensor | None,
         plan: AttentionPlan | None = None,
     ) -> tuple[Tensor, LayerKV]:
-        """As `forward`, and the keys and values of all rows for later `decode` calls."""
+        """As `forward`, and the keys and values of all rows for later `decode` calls; stores what autograd stores."""
         u, v, q, k = self._project(x)
-        attended = hstu_attention(
-            q,
-            k,
-            v,
-            layout,
-            self.config.mask,
-            alpha=self.config.alpha,
-            scale=self.config.attn_scale,
-            bias=self.bias(timestamps, row_timestamps),
-            backend=self.config.backend,
-            plan=plan,
-        )
+        attended = self._attend(q, k, v, layout, self.bias(timestamps, row_timestamps), plan)
         return self._gate(x, u, attended), LayerKV(k, v, layout, timestamps)
 
     def decode(self, x: Tensor, layout: JaggedLayout, request_timestamps: Tensor | None, cache: LayerKV) -> Tensor:
@@ -110,24 +113,90 @@ class HSTULayer(nn.Module):
         )
         return self._gate(x, u, attended)
 
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: JaggedLayout,
+        bias: RelativeBias | None,
+        plan: AttentionPlan | None,
+    ) -> Tensor:
+        config = self.config
+        return hstu_attention(
+            q,
+            k,
+            v,
+            layout,
+            config.mask,
+            alpha=config.alpha,
+            scale=config.attn_scale,
+            bias=bias,
+            backend=config.backend,
+            plan=plan,
+        )
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``u [L, H * Dv]``, ``v [L, H, Dv]``, ``q, k [L, H, Dqk]``."""
-        config = self.config
-        heads, qk, uv = config.num_heads, config.attention_dim, config.linear_dim
-        mixed: Tensor = self.uvqk(self.input_norm(x))
-        if config.variant is Variant.PRODUCTION:
-            gate, rest = mixed.tensor_split([heads * uv], dim=-1)
-            mixed = torch.cat([F.silu(gate), rest], dim=-1)
-        else:
-            mixed = F.silu(mixed)
+        return self._split(self._activate(self.uvqk(self.input_norm(x))))
+
+    def _project_and_drop(self, x: Tensor, rebuilder: Rebuilder) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_project`, with recipes for what the config does not want stored."""
+        autocast, chosen = Autocast.current(x.device.type), self.config.recompute
+        source = unchanged(x)
+        normed = autocast.cast(self.input_norm(x))
+
+        def normed_again() -> Tensor:
+            with autocast.again():
+                return autocast.cast(self.input_norm(source()))
+
+        drop = Recompute.INPUT_NORM in chosen
+        get_normed = rebuilder.drop(normed, normed_again) if drop else unchanged(normed)
+        mixed: Tensor = self.uvqk(normed)
+        rebuilder.close(normed)
+        if Recompute.UVQK not in chosen:
+            return self._split(self._activate(mixed))
+
+        def mixed_again() -> Tensor:
+            with autocast.again():
+                again: Tensor = self.uvqk(get_normed())
+                return again
+
+        get_mixed = rebuilder.drop(mixed, mixed_again)
+        activated = self._activate(mixed)
+        rebuilder.close(mixed)
+        rebuilder.drop(activated, lambda: self._activate(get_mixed()))
+        return self._split(activated)
+
+    def _activate(self, mixed: Tensor) -> Tensor:
+        if self.config.variant is Variant.PRODUCTION:
+            gate, rest = mixed.tensor_split([self.config.num_heads * self.config.linear_dim], dim=-1)
+            return torch.cat([F.silu(gate), rest], dim=-1)
+        return F.silu(mixed)
+
+    def _split(self, activated: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        heads, qk, uv = self.config.num_heads, self.config.attention_dim, self.config.linear_dim
         ends = [heads * uv, 2 * heads * uv, heads * (2 * uv + qk)]
-        u, v, q, k = mixed.tensor_split(ends, dim=-1)
+        u, v, q, k = activated.tensor_split(ends, dim=-1)
         return u, v.reshape(-1, heads, uv), q.reshape(-1, heads, qk), k.reshape(-1, heads, qk)
 
     def _gate(self, x: Tensor, u: Tensor, attended: Tensor) -> Tensor:
+        norm, output = self.output_norm, self.output
+        return x + self._gated_output(u, attended, norm.weight, norm.bias, output.weight, output.bias)
+
+    def _gated_output(
+        self,
+        u: Tensor,
+        attended: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        output_weight: Tensor,
+        output_bias: Tensor,
+    ) -> Tensor:
+        """``dropout(Norm(A) * U) W_o + b_o``; the weights are arguments so that it can run again in a backward."""
         attended = attended.reshape(u.shape)
-        y = self.output_norm(attended) * u
+        norm = self.output_norm
+        y = F.layer_norm(attended, norm.normalized_shape, norm_weight, norm_bias, norm.eps) * u
         if self.config.variant is Variant.PRODUCTION:
             y = torch.cat([u, attended, y], dim=-1)
-        out: Tensor = x + self.output(F.dropout(y, self.config.dropout, self.training))
-        return out
+        return F.linear(F.dropout(y, self.config.dropout, self.training), output_weight, output_bias)
