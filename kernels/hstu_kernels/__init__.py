@@ -3,6 +3,7 @@
 from hstu_kernels.attention import AttentionPlan, hstu_attention, hstu_target_attention, plan_attention
 from hstu_kernels.backend import Backend, UnsupportedBackend, resolve_backend
 from hstu_kernels.bias import RelativeBias, next_event_timestamps
+from hstu_kernels.counts import visible_pairs
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask, KeyRange
 
@@ -20,4 +21,5 @@ __all__ = [
     "next_event_timestamps",
     "plan_attention",
     "resolve_backend",
+    "visible_pairs",
 ]
