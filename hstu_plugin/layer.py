@@ -12,6 +12,7 @@ from hstu_kernels import (
     LayerKV,
     RelativeBias,
     hstu_attention,
+    hstu_extend_attention,
     hstu_target_attention,
 )
 from hstu_plugin.config import HSTUConfig, Recompute, Variant
@@ -112,6 +113,34 @@ class HSTULayer(nn.Module):
             backend=self.config.backend,
         )
         return self._gate(x, u, attended)
+
+    def extend(
+        self,
+        x: Tensor,
+        layout: JaggedLayout,
+        timestamps: Tensor | None,
+        row_timestamps: Tensor | None,
+        cache: LayerKV,
+    ) -> tuple[Tensor, LayerKV]:
+        """Rows ``[R, D]`` that continue the cached histories; equals the last rows of `prefill` over both.
+
+        Returns:
+            their outputs, and the keys and values of these rows alone.
+        """
+        u, v, q, k = self._project(x)
+        attended = hstu_extend_attention(
+            q,
+            k,
+            v,
+            cache,
+            layout,
+            self.config.mask,
+            alpha=self.config.alpha,
+            scale=self.config.attn_scale,
+            bias=self.bias(timestamps, row_timestamps),
+            backend=self.config.backend,
+        )
+        return self._gate(x, u, attended), LayerKV(k, v, layout, timestamps)
 
     def _attend(
         self,

@@ -1,6 +1,12 @@
 """Operators of HSTU and ULTRA-HSTU on jagged batches. Depends on torch alone; see ``kernels/README.md``."""
 
-from hstu_kernels.attention import AttentionPlan, hstu_attention, hstu_target_attention, plan_attention
+from hstu_kernels.attention import (
+    AttentionPlan,
+    hstu_attention,
+    hstu_extend_attention,
+    hstu_target_attention,
+    plan_attention,
+)
 from hstu_kernels.backend import Backend, UnsupportedBackend, resolve_backend
 from hstu_kernels.bias import RelativeBias, next_event_timestamps
 from hstu_kernels.counts import visible_pairs
@@ -17,6 +23,7 @@ __all__ = [
     "RelativeBias",
     "UnsupportedBackend",
     "hstu_attention",
+    "hstu_extend_attention",
     "hstu_target_attention",
     "next_event_timestamps",
     "plan_attention",
