@@ -183,7 +183,7 @@ class ChannelCache:
         """Bring offloaded users back, beside the work of the current stream; users on the device stay as they are."""
         away = [entry for entry in map(self._entry, dict.fromkeys(users)) if entry.host is not None]
         pages = self.pages.take(sum(self.pages.pages_for(entry.length) for entry in away))
-        to_device = _Move(self.pages.shape.device, pinned=True)
+        to_device = _Move(self.pages.shape.device, pinned=False)
         for entry in away:
             count = self.pages.pages_for(entry.length)
             entry.pages, pages = pages[:count], pages[count:]
