@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -141,6 +143,11 @@ class HSTULayer(nn.Module):
             backend=self.config.backend,
         )
         return self._gate(x, u, attended), LayerKV(k, v, layout, timestamps)
+
+    def through(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """``[R, D] -> [R, D]`` with the caller's attention: ``attend(q, k, v)`` gives ``[R, H, Dv]``."""
+        u, v, q, k = self._project(x)
+        return self._gate(x, u, attend(q, k, v))
 
     def _attend(
         self,

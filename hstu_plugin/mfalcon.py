@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hstu_kernels import JaggedLayout, LayerKV
+from hstu_kernels import JaggedLayout
 from hstu_plugin.appending import append_history, check_can_append, read_history, store_history
 from hstu_plugin.embedding import SequenceEmbedding
 from hstu_plugin.encoder import KVCache
+from hstu_plugin.graph_scoring import GraphScorer, capacity_for
 from hstu_plugin.kv_cache import ChannelCache, HistoryCache, User
 from hstu_plugin.kv_pages import KVPages, KVShape
+from hstu_plugin.micro_batches import continued_places, micro_batches, users_of
 from hstu_plugin.ranker import HSTURanker
 from hstu_plugin.sequence import JaggedSequence
 from hstu_plugin.ultra.mixture import MixtureRanker, Transducer
 
 Histories = JaggedSequence | Mapping[str, JaggedSequence]
 _ONLY = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One micro-batch: candidates ``[first, last)`` of the users ``[user, user_end)``."""
-
-    first: int
-    last: int
-    user: int
-    user_end: int
-    counts: tuple[int, ...]
 
 
 class MFalconRanker:
@@ -44,13 +33,15 @@ class MFalconRanker:
     Args:
         ranker: in evaluation mode.
         micro_batch_size: candidates, over all users, that go through the layers at once; bounds the memory.
+        cuda_graphs: replay recorded launches, user by user in micro-batches of exactly this size; meant for small
+            micro-batches and few users. Needs a ranker on a GPU, which must stay there.
 
     Raises:
         TypeError: the ranker is neither, or its tokens may depend on the request.
-        ValueError: the size is no number >= 1.
+        ValueError: the size is no number >= 1, or graphs are asked for without a GPU.
     """
 
-    def __init__(self, ranker: HSTURanker | MixtureRanker, *, micro_batch_size: int) -> None:
+    def __init__(self, ranker: HSTURanker | MixtureRanker, *, micro_batch_size: int, cuda_graphs: bool = False) -> None:
         if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int) or micro_batch_size < 1:
             raise ValueError(f"micro_batch_size: expected an int >= 1, got {micro_batch_size!r}")
         transducers: dict[str, HSTURanker | Transducer]
@@ -71,6 +62,13 @@ class MFalconRanker:
         self.ranker, self.micro_batch_size = ranker, micro_batch_size
         self._transducers = transducers
         self._head: nn.Module = ranker.head
+        device = next(ranker.parameters()).device
+        if cuda_graphs and device.type != "cuda":
+            raise ValueError(
+                f"cuda_graphs: expected a ranker on a CUDA device, got one on {device}; leave it False here"
+            )
+        self.cuda_graphs = cuda_graphs
+        self._graphs: dict[tuple[int, ...], GraphScorer] = {}
 
     @torch.no_grad()
     def score(self, history: Histories, candidates: JaggedSequence) -> Tensor:
@@ -177,7 +175,7 @@ class MFalconRanker:
             channel.check_room(users, [n + m for n, m in zip(before, counts, strict=True)])
         for name, seq in parts.items() if users else ():
             transducer, channel = self._transducers[name], cache.channels[name]
-            placed = transducer.embedding(seq, _places(seq, channel.lengths(users)))
+            placed = transducer.embedding(seq, continued_places(seq, channel.lengths(users)))
             append_history(transducer.encoder, channel, users, placed)
 
     @torch.no_grad()
@@ -204,8 +202,10 @@ class MFalconRanker:
             if have != layout.batch_size:
                 where = f" in channel {name!r}" if name else ""
                 raise ValueError(f"candidates: expected {have} sequences as histories{where}, got {layout.batch_size}")
+        if self.cuda_graphs and candidates.values.shape[0]:
+            return self._score_by_graph(caches, candidates)
         rows = []
-        for part in _parts(layout.seq_offsets.tolist(), self.micro_batch_size):
+        for part in micro_batches(layout.seq_offsets.tolist(), self.micro_batch_size):
             counts = torch.tensor(part.counts, dtype=torch.int64).to(layout.device, non_blocking=True)
             times = None if candidates.timestamps is None else candidates.timestamps[part.first : part.last]
             targets = JaggedSequence(
@@ -213,12 +213,41 @@ class MFalconRanker:
                 JaggedLayout.from_lengths(counts, max_seq_len=max(part.counts)),
                 times,
             )
-            rows.append(self._decode(targets, {n: _users(c, part.user, part.user_end) for n, c in caches.items()}))
+            rows.append(self._decode(targets, {n: users_of(c, part.user, part.user_end) for n, c in caches.items()}))
         if rows:
             return torch.cat(rows)
         width = sum(t.config.embedding_dim for t in self._transducers.values())
         empty: Tensor = self._head(candidates.values.new_zeros(0, width))
         return empty
+
+    def _score_by_graph(self, caches: Mapping[str, KVCache], candidates: JaggedSequence) -> Tensor:
+        offsets = candidates.layout.seq_offsets.tolist()
+        rows = []
+        for user in range(candidates.layout.batch_size):
+            first, last = offsets[user], offsets[user + 1]
+            if first == last:
+                continue
+            own = {name: users_of(cache, user, user + 1) for name, cache in caches.items()}
+            times = None if candidates.timestamps is None else candidates.timestamps[first:last]
+            layout = JaggedLayout(candidates.layout.seq_offsets[user : user + 2] - first, last - first)
+            rows.append(self._graph(own).score(own, JaggedSequence(candidates.values[first:last], layout, times)))
+        return torch.cat(rows)
+
+    def _graph(self, caches: Mapping[str, KVCache]) -> GraphScorer:
+        """One for each capacity and number of contextual rows, recorded when first needed."""
+        capacity = {name: capacity_for(cache[0].k.shape[0]) for name, cache in caches.items()}
+        context = next(iter(caches.values()))[0].layout.contextual_seq_len
+        key = (context, *capacity.values())
+        if key not in self._graphs:
+            self._graphs[key] = GraphScorer(
+                self._transducers,
+                self._head,
+                micro_batch_size=self.micro_batch_size,
+                capacity=capacity,
+                contextual_seq_len=context,
+                capture=True,
+            )
+        return self._graphs[key]
 
     def _decode(self, targets: JaggedSequence, caches: Mapping[str, KVCache]) -> Tensor:
         rows = []
@@ -266,38 +295,3 @@ class MFalconRanker:
         """Where the weights of the transducers lie, and how often they were written to."""
         modules = [m for t in self._transducers.values() for m in (t.embedding, t.encoder)]
         return tuple((p.data_ptr(), p._version) for module in modules for p in module.parameters())
-
-
-def _parts(offsets: Sequence[int], size: int) -> Iterator[_Part]:
-    """Cut the candidates in their order; ``offsets [B + 1]`` are those of the users."""
-    for first in range(0, offsets[-1], size):
-        last = min(first + size, offsets[-1])
-        user, user_end = bisect_right(offsets, first) - 1, bisect_left(offsets, last)
-        counts = (min(offsets[u + 1], last) - max(offsets[u], first) for u in range(user, user_end))
-        yield _Part(first, last, user, user_end, tuple(counts))
-
-
-def _users(cache: KVCache, first: int, last: int) -> KVCache:
-    """The users ``[first, last)`` of a cache, as views."""
-    if first == 0 and last == cache[0].layout.batch_size:
-        return cache
-    cut: dict[int, tuple[slice, JaggedLayout]] = {}
-    out = []
-    for kv in cache:
-        # Layers share their layouts, and reading one waits for the device.
-        if id(kv.layout) not in cut:
-            begin, end = (int(kv.layout.seq_offsets[i]) for i in (first, last))
-            offsets = kv.layout.seq_offsets[first : last + 1]
-            cut[id(kv.layout)] = slice(begin, end), replace(kv.layout, seq_offsets=offsets - begin)
-        rows, layout = cut[id(kv.layout)]
-        times = None if kv.timestamps is None else kv.timestamps[rows]
-        out.append(LayerKV(kv.k[rows], kv.v[rows], layout, times))
-    return tuple(out)
-
-
-def _places(seq: JaggedSequence, before: Sequence[int]) -> Tensor:
-    """``[R]`` positions of rows that continue histories of ``before`` rows."""
-    total = seq.values.shape[0]
-    ends = torch.tensor(before, dtype=torch.int64, device=seq.values.device)
-    starts = torch.repeat_interleave(ends, seq.layout.seq_lengths, output_size=total)
-    return starts + seq.layout.row_indices(total)
