@@ -47,11 +47,12 @@ def level_boundaries(values: Tensor, max_levels: int) -> Tensor:
     Args:
         values: finite numbers of the training rows, any shape.
     """
-    different = torch.unique(values.double())
+    different: Tensor = torch.unique(values.double())
     if different.numel() > max_levels:
         shares = torch.arange(1, max_levels, dtype=torch.float64) / max_levels
         places = (shares * values.numel()).long()
-        return torch.unique(values.double().flatten().sort().values[places])
+        cuts: Tensor = torch.unique(values.double().flatten().sort().values[places])
+        return cuts
     # Between neighbours, so that rounding to another precision moves no value across.
     return (different[1:] + different[:-1]) / 2
 
