@@ -2,8 +2,8 @@
 
 A table stands between ``<!-- results:NAME begin -->`` and ``<!-- results:NAME end -->``. NAME is a comparison recorded
 as ``recbole_configs/results/NAME.json`` or ``benchmarks/results/NAME.json``, or ``versions`` (the releases that fit
-together), ``recipes`` (the settings that come with the package), or ``summary`` (recorded results beside those of
-``benchmarks/published.yaml``).
+together), ``recipes`` (the settings that come with the package), ``summary`` (recorded results beside those of
+``benchmarks/published.yaml``), or ``passes`` (the time of a pass over MovieLens-1M).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hstu_plugin._versions import version_table
 from hstu_plugin.adapters.recbole import report, settings
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMED = ("ml-1m", "ml-1m-large")
 FOLDERS = ("recbole_configs/results", "benchmarks/results")
 
 _MARKER = re.compile(r"<!-- results:(\S+) (begin|end) -->")
@@ -60,14 +61,30 @@ def _block(name: str, root: Path) -> str:
         return _recipes()
     if name == "summary":
         return _summary(root)
+    if name == "passes":
+        return _passes(root)
     return report.comparison_markdown(_recorded(name, root))
+
+
+def _passes(root: Path) -> str:
+    """Seconds of training and of evaluation for one pass over the data, from the runs that timed them alone."""
+    rows, remarks = [], []
+    for name in TIMED:
+        recorded = _recorded(f"{name}-time", root)
+        group = recorded["models"]["HSTU"]
+        train, rank = group["seconds_per_pass"], group["seconds_per_evaluation"]
+        rows.append([f"`{name}`", f"{train:.2f}", f"{rank:.2f}", f"**{train + rank:.2f}**"])
+        remarks.append(f"`{name}`: {report.provenance(recorded)}")
+    header = ["recipe", "training, s", "evaluation, s", "pass with evaluation, s"]
+    return _table(header, rows) + "\n" + "".join(f"- {remark}\n" for remark in remarks)
 
 
 def _recorded(name: str, root: Path) -> report.Record:
     found = [path for folder in FOLDERS if (path := root / folder / f"{name}.json").is_file()]
     if not found:
         known = sorted(path.stem for folder in FOLDERS for path in (root / folder).glob("*.json"))
-        raise MarkerError(f"results:{name}: expected one of {', '.join(['versions', 'recipes', 'summary', *known])}")
+        names = ["versions", "recipes", "summary", "passes", *known]
+        raise MarkerError(f"results:{name}: expected one of {', '.join(names)}")
     if len(found) > 1:
         raise MarkerError(f"results:{name}: recorded twice, as {' and '.join(map(str, found))}")
     return report.read_json(found[0], report.COMPARISON_FORMAT)

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from hstu_kernels import (
     AttentionMask,
@@ -20,6 +22,7 @@ from hstu_kernels import (
     hstu_target_attention,
     plan_attention,
 )
+from hstu_kernels.attention import ops
 from hstu_kernels.attention.triton import plan_triton
 from hstu_kernels.attention.triton.launch import triton_attention
 from hstu_kernels.attention.triton.tiles import Tile, TileSet
@@ -53,7 +56,7 @@ def attention(
     bias: RelativeBias | None,
     tiles: TileSet | None = SMALL,
 ) -> Tensor:
-    plan = plan_triton(layout, mask, bias)
+    plan = plan_triton(layout, mask, bias, q.shape[0])
     return triton_attention(q, k, v, plan, alpha=alpha, scale=scale, bias=bias, tiles=tiles)
 
 
@@ -100,6 +103,54 @@ def test_through_the_door_with_and_without_a_plan() -> None:
     planned = hstu_attention(inputs.q, inputs.k, inputs.v, inputs.layout, inputs.mask, plan=plan, **arguments)  # type: ignore[arg-type]
     alone = hstu_attention(inputs.q, inputs.k, inputs.v, inputs.layout, inputs.mask, **arguments)  # type: ignore[arg-type]
     assert torch.equal(planned, alone)
+
+
+def operator_arguments(inputs: AttentionInputs) -> tuple[object, ...]:
+    """Of ``attention_forward``, with leaves that ask for gradients and the lists that the kernels read."""
+    bias, layout = inputs.bias or RelativeBias(), inputs.layout
+    geometry = (layout.seq_offsets, layout.num_targets, layout.contextual_seq_len)
+    fields = ops._fields(inputs.mask)
+    keys = ops.work_keys(inputs.q.shape[2], inputs.v.shape[2], inputs.q.dtype, inputs.bias is not None)
+    work = [ops.attention_work(*geometry, *fields, inputs.q.shape[0], *key) for key in keys]
+    leaves = [
+        x if x is None else x.detach().clone().requires_grad_()
+        for x in (inputs.q, inputs.k, inputs.v, bias.pos_table, bias.time_table)
+    ]
+    times = (bias.timestamps, bias.row_timestamps)
+    return (*leaves, *times, *geometry, work, *fields, inputs.alpha, inputs.scale, "triton")
+
+
+@pytest.mark.parametrize("name", ["targets", "no-bias"])
+def test_the_operator_is_registered_right(name: str) -> None:
+    targets = (1, 2) if name == "targets" else None
+    case = replace(next(case for case in CASES if case.name == name), lengths=(9, 5), num_targets=targets)
+    inputs = make_inputs(case, torch.float32)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(ops.attention_forward, operator_arguments(inputs), test_utils=checks)
+
+
+def test_two_layers_compile_into_one_graph_and_share_their_lists() -> None:
+    case = AttentionCase(name="short", lengths=(9, 5), qk_dim=16, v_dim=16)
+    inputs = make_inputs(case, torch.float32)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *args: object, **options: object) -> Tensor:
+        first = hstu_attention(q, k, v, *args, **options, backend="triton")  # type: ignore[arg-type]
+        return hstu_attention(q, k, first, *args, **options, backend="triton")  # type: ignore[arg-type]
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    expected = run_attention(attend, inputs)
+    for name, result in run_attention(compiled, inputs).items():
+        torch.testing.assert_close(result, expected[name])
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    lists = len(ops.work_keys(16, 16, torch.float32, True))
+    assert targets.count(torch.ops.hstu_kernels.attention_work.default) == lists
+    assert targets.count(torch.ops.hstu_kernels.attention_backward.default) == 2
 
 
 def test_every_row_is_written() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hstu_kernels import AttentionMask, JaggedLayout
 from hstu_kernels.attention.triton import plan_triton
-from hstu_kernels.attention.triton.schedule import EDGE_SEGMENTS, FULL_SEGMENTS, HEADER
+from hstu_kernels.attention.triton.schedule import EDGE_SEGMENTS, FULL_SEGMENTS, HEADER, LINE
 from hstu_kernels.testing import ATTENTION_CASES, AttentionCase
 
 
@@ -25,19 +25,22 @@ def blocks_of(line: list[int], at: int, segments: int, block: int) -> list[int]:
 
 def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int) -> None:
     """Each visible pair lies in exactly one block, and full blocks hold visible pairs only."""
-    plan = plan_triton(layout, mask, None)
     total = int(layout.seq_offsets[-1])
+    plan = plan_triton(layout, mask, None, total)
     for side, work in (("query", plan.query_work(block_m, block_n)), ("key", plan.key_work(block_m, block_n))):
         own, other = (block_m, block_n) if side == "query" else (block_n, block_m)
         met = torch.zeros(total, layout.max_seq_len, dtype=torch.int64)
         full = torch.zeros_like(met, dtype=torch.bool)
         truth = torch.zeros_like(full)
-        sizes = []
-        for line in work.tolist():
+        places = []
+        tiles = sum(-(-length // own) for length in layout.seq_lengths.tolist())
+        assert tiles <= work.shape[0] == total // own + layout.batch_size
+        assert not work[tiles:, [*range(HEADER), HEADER + 2 * FULL_SEGMENTS - 1, -1]].any(), f"{side}: work at the end"
+        for line in work[:tiles].tolist():
             start, length, history_end, begin = line[:HEADER]
             assert 0 <= begin < length
             mine = slice(start + begin, start + min(begin + own, length))
-            sizes.append(0)
+            places.append((-length, start))
             for at, segments in ((HEADER, FULL_SEGMENTS), (HEADER + 2 * FULL_SEGMENTS, EDGE_SEGMENTS)):
                 for first in blocks_of(line, at, segments, other):
                     assert first >= 0
@@ -45,7 +48,6 @@ def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int)
                     if at == HEADER:
                         assert first + other <= length
                         full[mine, first : first + other] = True
-                    sizes[-1] += 1
             index = torch.arange(length)
             visible = mask.visible(index[:, None], index[None, :], history_end, layout.contextual_seq_len)
             ours = visible if side == "query" else visible.T
@@ -53,7 +55,7 @@ def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int)
         assert (met <= 1).all(), f"{side}: a pair is met twice"
         assert not (truth & (met == 0)).any(), f"{side}: a visible pair is missed"
         assert not (full & ~truth).any(), f"{side}: a hidden pair in a full block"
-        assert sizes == sorted(sizes, reverse=True), f"{side}: a longer tile stands behind a shorter one"
+        assert places == sorted(places), f"{side}: a longer sequence stands behind a shorter one, or one is torn apart"
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 64)], ids=str)
@@ -97,7 +99,7 @@ def test_random_geometry(data: st.DataObject) -> None:
 )
 def test_semi_local_work_grows_with_the_length_alone(mask: AttentionMask) -> None:
     def blocks(length: int) -> tuple[int, int]:
-        plan = plan_triton(JaggedLayout.from_lengths(torch.tensor([length])), mask, None)
+        plan = plan_triton(JaggedLayout.from_lengths(torch.tensor([length])), mask, None, length)
         columns = [HEADER + 2 * FULL_SEGMENTS - 1, -1]
         return (
             int(plan.query_work(64, 64)[:, columns].sum()),
@@ -109,7 +111,7 @@ def test_semi_local_work_grows_with_the_length_alone(mask: AttentionMask) -> Non
 
 
 def test_causal_work_is_mostly_full_blocks() -> None:
-    plan = plan_triton(JaggedLayout.from_lengths(torch.tensor([4096])), AttentionMask(), None)
+    plan = plan_triton(JaggedLayout.from_lengths(torch.tensor([4096])), AttentionMask(), None, 4096)
     for work in (plan.query_work(64, 64), plan.key_work(64, 64)):
         assert int(work[:, -1].sum()) == 64, "one edge block for each tile: the diagonal"
         assert int(work[:, HEADER + 2 * FULL_SEGMENTS - 1].sum()) == 63 * 64 // 2
@@ -117,11 +119,24 @@ def test_causal_work_is_mostly_full_blocks() -> None:
 
 def test_many_targets_do_not_meet_each_other() -> None:
     layout = JaggedLayout.from_lengths(torch.tensor([1024 + 2048]), num_targets=torch.tensor([2048]))
-    work = plan_triton(layout, AttentionMask(), None).query_work(64, 64)
+    work = plan_triton(layout, AttentionMask(), None, 1024 + 2048).query_work(64, 64)
     assert int(work[:, [HEADER + 2 * FULL_SEGMENTS - 1, -1]].sum(1).max()) == 1024 // 64 + 1
 
 
 def test_empty_batches_have_no_work() -> None:
     for lengths in ([], [0, 0]):
-        plan = plan_triton(JaggedLayout.from_lengths(torch.tensor(lengths, dtype=torch.int64)), AttentionMask(), None)
-        assert plan.query_work(64, 64).shape[0] == plan.key_work(64, 64).shape[0] == 0
+        layout = JaggedLayout.from_lengths(torch.tensor(lengths, dtype=torch.int64))
+        plan = plan_triton(layout, AttentionMask(), None, 0)
+        assert not plan.query_work(64, 64).any()
+        assert not plan.key_work(64, 64).any()
+
+
+@pytest.mark.parametrize("targets", [None, [3, 0, 40]], ids=["history", "targets"])
+def test_no_number_is_read_from_the_device(targets: list[int] | None) -> None:
+    """Tensors without storage refuse to give one."""
+    mask = AttentionMask(max_attn_len=5, global_prefix_len=3, full_attn_tail_len=4)
+    counts = None if targets is None else torch.tensor(targets, device="meta")
+    layout = JaggedLayout(torch.tensor([0, 50, 51, 100], device="meta"), 50, counts, 2)
+    plan = plan_triton(layout, mask, None, 100)
+    assert plan.query_work(16, 32).shape == (100 // 16 + 3, LINE)
+    assert plan.key_work(16, 32).shape == (100 // 32 + 3, LINE)

@@ -137,11 +137,14 @@ def demo(**options: Any) -> None:
     "--recipe", help="Its protocol holds for all models, its model settings for HSTU.  [default: the data set's]"
 )
 @click.option(
-    "--models", default="HSTU,SASRec,Pop", show_default=True, help="Models; Pop ranks by number of interactions."
+    "--models",
+    default="HSTU,SASRec,Pop",
+    show_default=True,
+    help="Models, each NAME or LABEL=NAME; Pop ranks by number of interactions.",
 )
 @click.option("--seeds", type=_Numbers(), default="1,2,3", show_default=True, help="Each model once for each.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="MODEL.NAME=VALUE", help="A setting of one model; repeatable."
+    "--set", "overrides", multiple=True, metavar="LABEL.NAME=VALUE", help="A setting of one model; repeatable."
 )
 @click.option("--time-epochs", type=click.IntRange(1), help="Only measure the time of this many passes over the data.")
 @click.option("--deltas/--no-deltas", default=True, help="Difference of the first two models, seed by seed.")

@@ -14,15 +14,13 @@ if TYPE_CHECKING:
 
 POPULARITY = "Pop"
 _POPULARITY_CLASS = "PopularitySequential"
-# What a recipe says about data, split and ranking holds for every model; the rest is HSTU's own.
+# What a recipe says about data, split and ranking holds for every model; the rest, early stopping too, is HSTU's own.
 _PROTOCOL = (
     "eval_args",
     "metrics",
     "topk",
     "valid_metric",
-    "stopping_step",
     "eval_batch_size",
-    "eval_step",
     "load_col",
     "repeatable",
 )
@@ -108,14 +106,17 @@ def plan(
     output_dir: Path | None = None,
     words: Sequence[str] = (),
 ) -> list[launch.Request]:
-    """A request for each model, without a seed; all share data set, split, order, ranking and early stopping.
+    """A request for each model, without a seed; all share data set, split, order and ranking.
 
-    HSTU takes the recipe as it is. Others take the same protocol, and RecBole's defaults for the rest.
+    HSTU takes the recipe as it is. Others take the same protocol, and RecBole's defaults for the rest. An entry of
+    ``models`` is a model, or ``LABEL=MODEL`` where one model stands in the table twice.
 
     Raises:
         SettingsError: a model given twice or not at all, an override of none of them, or no data set.
     """
-    if not models or len(set(models)) < len(models):
+    named = [(entry.rpartition("=")[0] or entry, entry.rpartition("=")[2]) for entry in models]
+    labels = [label for label, _ in named]
+    if not labels or len(set(labels)) < len(labels):
         raise settings.SettingsError(
             f"--models: expected different names such as HSTU,SASRec, got {','.join(models)!r}"
         )
@@ -125,12 +126,12 @@ def plan(
     chosen_dataset = dataset or from_recipe.get("dataset")
     if not chosen_dataset:
         raise settings.SettingsError("--dataset: expected a data set, or --recipe, got neither")
-    special = _overrides(overrides, models)
+    special = _overrides(overrides, labels)
     directory = output_dir or Path("runs") / f"compare-{chosen_dataset}{'-time' if time_epochs else ''}"
     shared = {**settings.model_defaults("HSTU"), **from_recipe}
     protocol = {key: v for key, v in shared.items() if key in _PROTOCOL or key.endswith("_interval")}
     requests = []
-    for model in models:
+    for label, model in named:
         ours = model.upper().endswith("HSTU")
         chosen: dict[str, Any] = {} if ours else dict(protocol)
         # Hiding seen items is HSTU's option; with it the sides would rank different sets.
@@ -140,16 +141,16 @@ def plan(
             chosen.update(epochs=1, eval_step=1, MAX_ITEM_LIST_LENGTH=2, train_batch_size=65536)
         if time_epochs:
             chosen.update(epochs=time_epochs, eval_step=0)
-        chosen.update(special[model])
+        chosen.update(special[label])
         requests.append(
             launch.Request(
                 model=_POPULARITY_CLASS if model == POPULARITY else model,
                 dataset=str(chosen_dataset),
-                output_dir=directory / model,
+                output_dir=directory / label,
                 recipes=recipe_files if ours else (),
                 chosen=chosen,
                 argv=tuple(words),
-                label=model,
+                label=label,
             )
         )
     return requests

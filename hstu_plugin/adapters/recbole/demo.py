@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DATASET = "ml-100k"
+RECIPE = "ml-100k-quick"
 
 
 def demo(
@@ -34,7 +35,7 @@ def demo(
         model="HSTU",
         dataset=DATASET,
         output_dir=output_dir or launch.new_output_dir(DATASET, "HSTU"),
-        recipes=(settings.recipe_path(DATASET),),
+        recipes=(settings.recipe_path(RECIPE),),
         chosen={} if epochs is None else {"epochs": epochs},
         progress=progress,
         verbose=verbose,
@@ -62,15 +63,15 @@ def demo(
 
 
 def beside_recorded(record: report.Record) -> report.Record:
-    """A comparison of this run with the recorded models; the recorded HSTU stays out, as this run is its newer self."""
+    """A comparison of this run with the recorded models."""
     mine = report.compare_records([record])
     path = settings.recorded_results(record["dataset"])
     if path is None:
         return mine
     recorded = report.read_json(path, report.COMPARISON_FORMAT)
     own = mine["models"][record["label"]]
+    others = recorded["models"]
     # Only metrics that all sides have can stand in one table.
-    others = {label: group for label, group in recorded["models"].items() if group["model"] != record["model"]}
     common = [m for m in own["test"]["mean"] if all(m in group["test"]["mean"] for group in others.values())]
     models = {f"{label} (recorded)": _only(group, common) for label, group in others.items()}
     return {**mine, "models": {record["label"]: _only(own, common), **models}}

@@ -35,7 +35,6 @@ PROTOCOL_KEYS = (
     "metrics",
     "topk",
     "valid_metric",
-    "stopping_step",
     "user_inter_num_interval",
     "item_inter_num_interval",
     "val_interval",
@@ -111,6 +110,7 @@ def run_record(
         "valid": plain(dict(result.best_valid_result or {})),
         "test": plain(dict(result.test_result or {})),
         "seconds_per_pass": seconds_per_pass(history),
+        "seconds_per_evaluation": seconds_per_pass(history, "valid_seconds"),
         "train_seconds": plain(result.train_seconds),
         "total_seconds": plain(result.total_seconds),
         "history": history,
@@ -121,9 +121,9 @@ def run_record(
     }
 
 
-def seconds_per_pass(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Median training time of an epoch, without the first where there are others: it carries one-time costs."""
-    seconds = [float(epoch["train_seconds"]) for epoch in history]
+def seconds_per_pass(history: Sequence[Mapping[str, Any]], part: str = "train_seconds") -> float | None:
+    """Median time of ``part`` of an epoch, without the first where there are others: it carries one-time costs."""
+    seconds = [float(epoch[part]) for epoch in history if epoch.get(part) is not None]
     return statistics.median(seconds[1:] or seconds) if seconds else None
 
 
@@ -199,15 +199,19 @@ def compare_records(records: Iterable[Record], *, deltas: tuple[str, str] | None
 def take_timing(comparison: Record, timing: Mapping[str, Any]) -> None:
     """Replace each model's seconds of a pass by those of ``timing``: measured alone, on one machine.
 
+    A model that ``timing`` lacks is left without seconds.
+
     Raises:
-        ReportError: ``timing`` is of another data set or lacks a model.
+        ReportError: ``timing`` is of another data set, or of none of the models.
     """
     if timing["dataset"] != comparison["dataset"]:
         raise ReportError(f"timing: expected data set {comparison['dataset']}, got {timing['dataset']}")
+    if not comparison["models"].keys() & timing["models"].keys():
+        raise ReportError(
+            f"timing: expected one of the models {', '.join(comparison['models'])}, got {', '.join(timing['models'])}"
+        )
     for label, group in comparison["models"].items():
-        if label not in timing["models"]:
-            raise ReportError(f"timing: expected the model {label}, got {', '.join(timing['models'])}")
-        group["seconds_per_pass"] = timing["models"][label]["seconds_per_pass"]
+        group["seconds_per_pass"] = timing["models"].get(label, {}).get("seconds_per_pass")
     comparison["timing"] = {key: timing.get(key) for key in ("created", "machine", "commit", "note")}
 
 
@@ -268,7 +272,7 @@ def comparison_table(comparison: Mapping[str, Any], *, highlight: str | None = N
     title = f"{comparison['dataset']}: test metrics, full ranking"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, min_width=50)
     for name in header:
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "model" else "right")
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == highlight else None)
     return table
@@ -322,6 +326,7 @@ def _group(runs: Sequence[Record]) -> Record:
     metrics = list(runs[0]["test"])
     values = {m: [float(r["test"][m]) for r in runs] for m in metrics}
     passes = [r["seconds_per_pass"] for r in runs if r["seconds_per_pass"] is not None]
+    evaluations = [t for r in runs if (t := r.get("seconds_per_evaluation")) is not None]
     short = (
         "seed",
         "test",
@@ -329,6 +334,7 @@ def _group(runs: Sequence[Record]) -> Record:
         "epochs",
         "best_epoch",
         "seconds_per_pass",
+        "seconds_per_evaluation",
         "train_seconds",
         "total_seconds",
         "machine",
@@ -342,6 +348,7 @@ def _group(runs: Sequence[Record]) -> Record:
         },
         "epochs": statistics.fmean(r["epochs"] for r in runs),
         "seconds_per_pass": statistics.median(passes) if passes else None,
+        "seconds_per_evaluation": statistics.median(evaluations) if evaluations else None,
         "parameters": runs[0]["parameters"],
         "user_config": runs[0]["user_config"],
         "config": runs[0]["config"],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hstu_kernels.attention.eager import EagerPlan, eager_attention, eager_target_attention, plan_eager
+from hstu_kernels.attention.ops import operator_attention
 from hstu_kernels.attention.reference import reference_attention, reference_target_attention
 from hstu_kernels.attention.triton import TritonPlan, interpreting, plan_triton, triton_installed
 from hstu_kernels.backend import Backend, CallFacts, UnsupportedBackend, resolve_backend
@@ -44,11 +45,15 @@ def plan_attention(
         total_rows: ``L`` of the tensors to come.
         backend: as in `hstu_attention`.
 
+    Under ``torch.compile`` and ``torch.export`` nothing is validated or prepared; see `hstu_attention`.
+
     Raises:
         ValueError: the layout is inconsistent or does not cover ``total_rows`` rows.
         UnsupportedBackend: the backend cannot serve the call.
     """
     resolved = _resolve(backend, layout.device)
+    if torch.compiler.is_compiling():
+        return AttentionPlan(resolved, layout, mask, total_rows, _bias_shape(bias), None)
     return _plan("total_rows", layout, mask, bias, total_rows, resolved)
 
 
@@ -69,7 +74,7 @@ def _plan(
     if resolved is Backend.EAGER:
         state = plan_eager(layout, mask, bias)
     elif resolved is Backend.TRITON:
-        state = plan_triton(layout, mask, bias)
+        state = plan_triton(layout, mask, bias, total_rows)
     return AttentionPlan(resolved, layout, mask, total_rows, _bias_shape(bias), state)
 
 
@@ -98,14 +103,21 @@ def hstu_attention(
         plan: from `plan_attention` for the same layout, mask and timestamps; saves repeating the preparation.
 
     Returns:
-        ``[L, H, Dv]`` in the dtype of ``v``.
+        ``[L, H, Dv]`` in the dtype of ``v``; under autocast in autocast's, as other attention of PyTorch.
+
+    Under ``torch.compile`` and ``torch.export`` the call becomes an operator (`hstu_kernels.attention.ops`): numbers
+    inside the layout are then not checked, and a ``plan`` is not used, since the operator prepares what it needs.
 
     Raises:
         TypeError, ValueError: inputs do not fit together; the message names the argument.
         UnsupportedBackend: an explicit backend cannot serve the call.
     """
+    q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
     resolved = _resolve(backend, q.device, q.dtype, q.shape[2], v.shape[2])
+    if torch.compiler.is_compiling():
+        _check_bias(bias, q)
+        return operator_attention(q, k, v, layout, mask, alpha=alpha, scale=scale, bias=bias, backend=resolved)
     if plan is None:
         plan = _plan("q", layout, mask, bias, q.shape[0], resolved)
     else:
@@ -153,6 +165,7 @@ def hstu_target_attention(
     Raises:
         TypeError, ValueError, UnsupportedBackend: as `hstu_attention`.
     """
+    q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
     resolved = _resolve(backend, q.device, q.dtype, q.shape[2], v.shape[2])
     if resolved is Backend.TRITON:
@@ -181,6 +194,15 @@ def hstu_target_attention(
             raise ValueError(f"bias.timestamps: expected one entry for each of {cache.k.shape[0]} cached rows")
     call = eager_target_attention if resolved is Backend.EAGER else reference_target_attention
     return call(q, k, v, cache, layout, mask, alpha=alpha, scale=scale, bias=bias)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's precision where it is on; float64 stays, as it does in PyTorch's own operators."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def _resolve(

@@ -226,62 +226,88 @@ class _EagerAttention(torch.autograd.Function):
         alpha: float,
         scale: float,
     ) -> Tensor:
-        heads = q.shape[1]
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for group in plan.groups:
-            gq, gk, gv = _padded(q, group), _padded(k, group), _padded(v, group)
-            parts = []
-            for block in group.blocks:
-                added = _block_bias(block, pos_table, time_table, q)
-                weights = _logits(gq[:, block.row_begin : block.row_end], gk[:, block.cols], added, heads, alpha)
-                parts.append(_scaled_bmm(F.silu(weights, inplace=True), gv[:, block.cols], scale))
-            _scatter(out, torch.cat(parts, 1) if len(parts) > 1 else parts[0], group)
         ctx.save_for_backward(q, k, v, pos_table, time_table)
         ctx.plan, ctx.alpha, ctx.scale = plan, alpha, scale
-        return out
+        return eager_forward(q, k, v, pos_table, time_table, plan, alpha, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, pos_table, time_table = ctx.saved_tensors
-        alpha, scale = ctx.alpha, ctx.scale
-        heads = q.shape[1]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dpos = torch.zeros_like(pos_table, dtype=torch.float64) if pos_table is not None else None
-        dtime = torch.zeros_like(time_table, dtype=torch.float64) if time_table is not None else None
-        for group in ctx.plan.groups:
-            gq, gk, gv, gout = (_padded(x, group) for x in (q, k, v, grad))
-            if group.valid is not None:
-                # Padding rows repeat a real row; without a gradient they reach no key.
-                gout.view(-1, heads, *gout.shape[1:]).mul_(group.valid[:, None, :, None])
-            gdq, gdk, gdv = torch.empty_like(gq), torch.zeros_like(gk), torch.zeros_like(gv)
-            for block in group.blocks:
-                rows = slice(block.row_begin, block.row_end)
-                added = _block_bias(block, pos_table, time_table, q)
-                block_q, block_k, block_out = gq[:, rows], gk[:, block.cols], gout[:, rows]
-                logits = _logits(block_q, block_k, added, heads, alpha)
-                slope = torch.bmm(block_out, gv[:, block.cols].transpose(1, 2))
-                slope = torch.ops.aten.silu_backward(slope, logits)
-                weights = F.silu(logits, inplace=True)
-                _accumulate(gdv, block.cols, weights.transpose(1, 2), block_out, scale)
-                _accumulate(gdk, block.cols, slope.transpose(1, 2), block_q, alpha * scale)
-                gdq[:, rows] = _scaled_bmm(slope, block_k, alpha * scale)
-                if dpos is not None or dtime is not None:
-                    shared = slope if heads == 1 else slope.view(-1, heads, *slope.shape[1:]).sum(1)
-                    _bias_gradients(shared, block, pos_table, dpos, dtime)
-            _scatter(dq, gdq, group)
-            _scatter(dk, gdk, group)
-            _scatter(dv, gdv, group)
-        return (
-            dq,
-            dk,
-            dv,
-            None if dpos is None else dpos.mul_(scale).to(pos_table.dtype),
-            None if dtime is None else dtime.mul_(scale).to(time_table.dtype),
-            None,
-            None,
-            None,
-        )
+        gradients = eager_backward(grad, q, k, v, pos_table, time_table, ctx.plan, ctx.alpha, ctx.scale)
+        return *gradients, None, None, None
+
+
+def eager_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_table: Tensor | None,
+    time_table: Tensor | None,
+    plan: EagerPlan,
+    alpha: float,
+    scale: float,
+) -> Tensor:
+    """The forward alone, outside autograd."""
+    heads = q.shape[1]
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for group in plan.groups:
+        gq, gk, gv = _padded(q, group), _padded(k, group), _padded(v, group)
+        parts = []
+        for block in group.blocks:
+            added = _block_bias(block, pos_table, time_table, q)
+            weights = _logits(gq[:, block.row_begin : block.row_end], gk[:, block.cols], added, heads, alpha)
+            parts.append(_scaled_bmm(F.silu(weights, inplace=True), gv[:, block.cols], scale))
+        _scatter(out, torch.cat(parts, 1) if len(parts) > 1 else parts[0], group)
+    return out
+
+
+def eager_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_table: Tensor | None,
+    time_table: Tensor | None,
+    plan: EagerPlan,
+    alpha: float,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v and the tables that there are, outside autograd."""
+    heads = q.shape[1]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dpos = torch.zeros_like(pos_table, dtype=torch.float64) if pos_table is not None else None
+    dtime = torch.zeros_like(time_table, dtype=torch.float64) if time_table is not None else None
+    for group in plan.groups:
+        gq, gk, gv, gout = (_padded(x, group) for x in (q, k, v, grad))
+        if group.valid is not None:
+            # Padding rows repeat a real row; without a gradient they reach no key.
+            gout.view(-1, heads, *gout.shape[1:]).mul_(group.valid[:, None, :, None])
+        gdq, gdk, gdv = torch.empty_like(gq), torch.zeros_like(gk), torch.zeros_like(gv)
+        for block in group.blocks:
+            rows = slice(block.row_begin, block.row_end)
+            added = _block_bias(block, pos_table, time_table, q)
+            block_q, block_k, block_out = gq[:, rows], gk[:, block.cols], gout[:, rows]
+            logits = _logits(block_q, block_k, added, heads, alpha)
+            slope = torch.bmm(block_out, gv[:, block.cols].transpose(1, 2))
+            slope = torch.ops.aten.silu_backward(slope, logits)
+            weights = F.silu(logits, inplace=True)
+            _accumulate(gdv, block.cols, weights.transpose(1, 2), block_out, scale)
+            _accumulate(gdk, block.cols, slope.transpose(1, 2), block_q, alpha * scale)
+            gdq[:, rows] = _scaled_bmm(slope, block_k, alpha * scale)
+            if dpos is not None or dtime is not None:
+                shared = slope if heads == 1 else slope.view(-1, heads, *slope.shape[1:]).sum(1)
+                _bias_gradients(shared, block, pos_table, dpos, dtime)
+        _scatter(dq, gdq, group)
+        _scatter(dk, gdk, group)
+        _scatter(dv, gdv, group)
+    return (
+        dq,
+        dk,
+        dv,
+        None if dpos is None or pos_table is None else dpos.mul_(scale).to(pos_table.dtype),
+        None if dtime is None or time_table is None else dtime.mul_(scale).to(time_table.dtype),
+    )
 
 
 def _accumulate(out: Tensor, cols: slice | Tensor, left: Tensor, right: Tensor, factor: float) -> None:

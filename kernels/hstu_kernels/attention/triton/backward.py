@@ -14,6 +14,7 @@ from hstu_kernels.attention.triton.primitives import (
     load_edge,
     load_full,
     load_line,
+    load_rows,
     load_tile,
     load_times,
     silu_and_slope,
@@ -29,8 +30,12 @@ def _add_keys(
     dout,
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     k_row_stride,
     v_row_stride,
+    k_column,
+    v_column,
     begin,
     rows,
     row_times,
@@ -50,8 +55,34 @@ def _add_keys(
     BLOCK_N: tl.constexpr = SHAPE.block_n
     cols = begin + tl.arange(0, BLOCK_N)
     # [N, Dqk], [N, Dv]
-    k = load_tile(k_ptr, k_row_stride, begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, EDGE)
-    v = load_tile(v_ptr, v_row_stride, begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, EDGE)
+    k = load_rows(
+        k_ptr,
+        k_desc,
+        k_row_stride,
+        k_column,
+        seq_start,
+        begin,
+        seq_len,
+        BLOCK_N,
+        SHAPE.qk_dim,
+        SHAPE.block_qk,
+        EDGE,
+        SHAPE.descriptors,
+    )
+    v = load_rows(
+        v_ptr,
+        v_desc,
+        v_row_stride,
+        v_column,
+        seq_start,
+        begin,
+        seq_len,
+        BLOCK_N,
+        SHAPE.v_dim,
+        SHAPE.block_v,
+        EDGE,
+        SHAPE.descriptors,
+    )
     key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
     # [M, N]
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha
@@ -81,6 +112,8 @@ def hstu_bwd_dq_kernel(
     v_ptr,
     dout_ptr,
     dq_ptr,
+    k_desc,
+    v_desc,
     pos_ptr,
     time_ptr,
     bounds_ptr,
@@ -130,8 +163,12 @@ def hstu_bwd_dq_kernel(
             dout,
             k_ptr,
             v_ptr,
+            k_desc,
+            v_desc,
             k_row_stride,
             v_row_stride,
+            head * k_head_stride,
+            head * v_head_stride,
             begin,
             rows,
             row_times,
@@ -156,8 +193,12 @@ def hstu_bwd_dq_kernel(
             dout,
             k_ptr,
             v_ptr,
+            k_desc,
+            v_desc,
             k_row_stride,
             v_row_stride,
+            head * k_head_stride,
+            head * v_head_stride,
             begin,
             rows,
             row_times,
@@ -184,7 +225,11 @@ def _add_rows(
     v,
     q_ptr,
     dout_ptr,
+    q_desc,
+    dout_desc,
     q_row_stride,
+    q_column,
+    dout_column,
     begin,
     cols,
     key_times,
@@ -205,8 +250,34 @@ def _add_rows(
     V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
     rows = begin + tl.arange(0, BLOCK_M)
     # [M, Dqk], [M, Dv]: rows behind the end are 0 and add nothing.
-    q = load_tile(q_ptr, q_row_stride, begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, EDGE)
-    dout = load_tile(dout_ptr, V_STRIDE, begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, EDGE)
+    q = load_rows(
+        q_ptr,
+        q_desc,
+        q_row_stride,
+        q_column,
+        seq_start,
+        begin,
+        seq_len,
+        BLOCK_M,
+        SHAPE.qk_dim,
+        SHAPE.block_qk,
+        EDGE,
+        SHAPE.descriptors,
+    )
+    dout = load_rows(
+        dout_ptr,
+        dout_desc,
+        V_STRIDE,
+        dout_column,
+        seq_start,
+        begin,
+        seq_len,
+        BLOCK_M,
+        SHAPE.v_dim,
+        SHAPE.block_v,
+        EDGE,
+        SHAPE.descriptors,
+    )
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     # [N, M]
     logits = tl.dot(k, tl.trans(q), input_precision="ieee") * alpha
@@ -241,6 +312,8 @@ def hstu_bwd_dkdv_kernel(
     dout_ptr,
     dk_ptr,
     dv_ptr,
+    q_desc,
+    dout_desc,
     pos_ptr,
     time_ptr,
     bounds_ptr,
@@ -294,7 +367,11 @@ def hstu_bwd_dkdv_kernel(
             v,
             q_ptr,
             dout_ptr,
+            q_desc,
+            dout_desc,
             q_row_stride,
+            head * q_head_stride,
+            head * SHAPE.v_dim,
             begin,
             cols,
             key_times,
@@ -320,7 +397,11 @@ def hstu_bwd_dkdv_kernel(
             v,
             q_ptr,
             dout_ptr,
+            q_desc,
+            dout_desc,
             q_row_stride,
+            head * q_head_stride,
+            head * SHAPE.v_dim,
             begin,
             cols,
             key_times,

@@ -10,6 +10,7 @@ from hstu_kernels.attention.triton.primitives import (
     load_edge,
     load_full,
     load_line,
+    load_rows,
     load_tile,
     load_times,
     silu,
@@ -24,8 +25,12 @@ def _add_keys(
     q,
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     k_row_stride,
     v_row_stride,
+    k_column,
+    v_column,
     begin,
     rows,
     row_times,
@@ -45,8 +50,34 @@ def _add_keys(
     BLOCK_N: tl.constexpr = SHAPE.block_n
     cols = begin + tl.arange(0, BLOCK_N)
     # [N, Dqk], [N, Dv]
-    k = load_tile(k_ptr, k_row_stride, begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, EDGE)
-    v = load_tile(v_ptr, v_row_stride, begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, EDGE)
+    k = load_rows(
+        k_ptr,
+        k_desc,
+        k_row_stride,
+        k_column,
+        seq_start,
+        begin,
+        seq_len,
+        BLOCK_N,
+        SHAPE.qk_dim,
+        SHAPE.block_qk,
+        EDGE,
+        SHAPE.descriptors,
+    )
+    v = load_rows(
+        v_ptr,
+        v_desc,
+        v_row_stride,
+        v_column,
+        seq_start,
+        begin,
+        seq_len,
+        BLOCK_N,
+        SHAPE.v_dim,
+        SHAPE.block_v,
+        EDGE,
+        SHAPE.descriptors,
+    )
     key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
     # [M, N]
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha
@@ -74,6 +105,8 @@ def hstu_fwd_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
+    k_desc,
+    v_desc,
     pos_ptr,
     time_ptr,
     bounds_ptr,
@@ -117,8 +150,12 @@ def hstu_fwd_kernel(
             q,
             k_ptr,
             v_ptr,
+            k_desc,
+            v_desc,
             k_row_stride,
             v_row_stride,
+            head * k_head_stride,
+            head * v_head_stride,
             begin,
             rows,
             row_times,
@@ -142,8 +179,12 @@ def hstu_fwd_kernel(
             q,
             k_ptr,
             v_ptr,
+            k_desc,
+            v_desc,
             k_row_stride,
             v_row_stride,
+            head * k_head_stride,
+            head * v_head_stride,
             begin,
             rows,
             row_times,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hstu_kernels.attention.triton import interpreting
 from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
@@ -58,20 +60,88 @@ class _TritonAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, pos_table, time_table)
         ctx.plan, ctx.alpha, ctx.scale, ctx.tiles = plan, alpha, scale, tiles
-        q, k, v = _addressable(q), _addressable(k), _addressable(v)
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        tile = tiles.forward
+        return triton_forward(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, pos_table, time_table = ctx.saved_tensors
+        options = (ctx.plan, ctx.alpha, ctx.scale, ctx.tiles, ctx.needs_input_grad[:5])
+        return *triton_backward(grad, q, k, v, pos_table, time_table, *options), None, None, None, None
+
+
+def triton_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_table: Tensor | None,
+    time_table: Tensor | None,
+    plan: TritonPlan,
+    alpha: float,
+    scale: float,
+    tiles: TileSet,
+) -> Tensor:
+    """The forward alone, outside autograd."""
+    q, k, v = _addressable(q), _addressable(k), _addressable(v)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    tile = tiles.forward
+    work = plan.query_work(tile.block_m, tile.block_n)
+    shape = _kernel_shape(q, v, (k, v), pos_table, time_table, plan, tile)
+    if out.numel():
+        hstu_fwd_kernel[(work.shape[0] * shape.heads,)](
+            q,
+            k,
+            v,
+            out,
+            *_descriptors(shape, (k, v), tile.block_n),
+            *_bias_arguments(pos_table, time_table, plan),
+            work,
+            *_strides(q, k, v),
+            alpha,
+            scale,
+            SHAPE=shape,
+            MASK=plan.mask,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out
+
+
+def triton_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_table: Tensor | None,
+    time_table: Tensor | None,
+    plan: TritonPlan,
+    alpha: float,
+    scale: float,
+    tiles: TileSet,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v and the two tables, outside autograd; ``None`` where ``needed`` says no."""
+    need_q, need_k, need_v, need_pos, need_time = needed
+    q, k, v, grad = _addressable(q), _addressable(k), _addressable(v), grad.contiguous()
+    common = _bias_arguments(pos_table, time_table, plan)
+    strides = _strides(q, k, v)
+    dq = dk = dv = dpos = dtime = None
+    if need_q:
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        tile = tiles.dq
         work = plan.query_work(tile.block_m, tile.block_n)
-        shape = _kernel_shape(q, v, pos_table, time_table, plan, tile)
-        if out.numel():
-            hstu_fwd_kernel[(work.shape[0] * shape.heads,)](
+        shape = _kernel_shape(q, v, (k, v), pos_table, time_table, plan, tile)
+        if dq.numel():
+            hstu_bwd_dq_kernel[(work.shape[0] * shape.heads,)](
                 q,
                 k,
                 v,
-                out,
-                *_bias_arguments(pos_table, time_table, plan),
+                grad,
+                dq,
+                *_descriptors(shape, (k, v), tile.block_n),
+                *common,
                 work,
-                *_strides(q, k, v),
+                *strides,
                 alpha,
                 scale,
                 SHAPE=shape,
@@ -79,67 +149,34 @@ class _TritonAttention(torch.autograd.Function):
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, pos_table, time_table = ctx.saved_tensors
-        plan, tiles, alpha, scale = ctx.plan, ctx.tiles, ctx.alpha, ctx.scale
-        need_q, need_k, need_v, need_pos, need_time = ctx.needs_input_grad[:5]
-        q, k, v, grad = _addressable(q), _addressable(k), _addressable(v), grad.contiguous()
-        common = _bias_arguments(pos_table, time_table, plan)
-        strides = _strides(q, k, v)
-        dq = dk = dv = dpos = dtime = None
-        if need_q:
-            dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            tile = tiles.dq
-            work = plan.query_work(tile.block_m, tile.block_n)
-            shape = _kernel_shape(q, v, pos_table, time_table, plan, tile)
-            if dq.numel():
-                hstu_bwd_dq_kernel[(work.shape[0] * shape.heads,)](
-                    q,
-                    k,
-                    v,
-                    grad,
-                    dq,
-                    *common,
-                    work,
-                    *strides,
-                    alpha,
-                    scale,
-                    SHAPE=shape,
-                    MASK=plan.mask,
-                    num_warps=tile.num_warps,
-                    num_stages=tile.num_stages,
-                )
-        if need_k or need_v:
-            dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-            dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-            tile = tiles.dkdv
-            work = plan.key_work(tile.block_m, tile.block_n)
-            shape = _kernel_shape(q, v, pos_table, time_table, plan, tile)
-            if dk.numel():
-                hstu_bwd_dkdv_kernel[(work.shape[0] * shape.heads,)](
-                    q,
-                    k,
-                    v,
-                    grad,
-                    dk,
-                    dv,
-                    *common,
-                    work,
-                    *strides,
-                    alpha,
-                    scale,
-                    SHAPE=shape,
-                    MASK=plan.mask,
-                    num_warps=tile.num_warps,
-                    num_stages=tile.num_stages,
-                )
-        if need_pos or need_time:
-            dpos, dtime = _table_gradients(q, k, v, grad, pos_table, time_table, plan, alpha, scale, tiles.bias)
-        return dq, dk, dv, dpos, dtime, None, None, None, None
+    if need_k or need_v:
+        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        tile = tiles.dkdv
+        work = plan.key_work(tile.block_m, tile.block_n)
+        shape = _kernel_shape(q, v, (q, grad), pos_table, time_table, plan, tile)
+        if dk.numel():
+            hstu_bwd_dkdv_kernel[(work.shape[0] * shape.heads,)](
+                q,
+                k,
+                v,
+                grad,
+                dk,
+                dv,
+                *_descriptors(shape, (q, grad), tile.block_m),
+                *common,
+                work,
+                *strides,
+                alpha,
+                scale,
+                SHAPE=shape,
+                MASK=plan.mask,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+    if need_pos or need_time:
+        dpos, dtime = _table_gradients(q, k, v, grad, pos_table, time_table, plan, alpha, scale, tiles.bias)
+    return dq, dk, dv, dpos, dtime
 
 
 def _table_gradients(
@@ -156,7 +193,7 @@ def _table_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Partial sums in float32 by the kernel, added up in float64 here."""
     work = plan.query_work(tile.block_m, tile.block_n)
-    shape = _kernel_shape(q, v, pos_table, time_table, plan, tile)
+    shape = _kernel_shape(q, v, (), pos_table, time_table, plan, tile)
     entries = padded_width(shape.buckets + 1)
     pos_sums = time_sums = None
     if pos_table is not None:
@@ -192,7 +229,13 @@ def _table_gradients(
 
 
 def _kernel_shape(
-    q: Tensor, v: Tensor, pos_table: Tensor | None, time_table: Tensor | None, plan: TritonPlan, tile: Tile
+    q: Tensor,
+    v: Tensor,
+    streamed: tuple[Tensor, ...],
+    pos_table: Tensor | None,
+    time_table: Tensor | None,
+    plan: TritonPlan,
+    tile: Tile,
 ) -> KernelShape:
     return KernelShape(
         heads=q.shape[1],
@@ -207,6 +250,37 @@ def _kernel_shape(
         buckets=-1 if time_table is None else time_table.numel() - 1,
         # The interpreter has no inline assembly, and float32 is worth the exact form.
         exact=q.dtype == torch.float32 or interpreting(),
+        descriptors=_describable(streamed),
+    )
+
+
+def _describable(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensor copy engine can fetch rows of these ``[L, H, D]`` tensors: a matter of chip and alignment."""
+    return (
+        bool(tensors)
+        and all(
+            x.element_size() == 2
+            and x.shape[2] == padded_width(x.shape[2])
+            and x.data_ptr() % 16 == 0
+            and x.stride(0) % 8 == 0
+            and x.stride(1) % 8 == 0
+            # Rows and columns are 32-bit in a descriptor.
+            and x.shape[0] < 1 << 31
+            for x in tensors
+        )
+        and (interpreting() or torch.cuda.get_device_capability(tensors[0].device) >= (9, 0))
+    )
+
+
+def _descriptors(shape: KernelShape, tensors: tuple[Tensor, ...], rows: int) -> tuple[TensorDescriptor | None, ...]:
+    """One for each tensor, over its rows and the columns of all heads; None where the kernel takes pointers."""
+    if not shape.descriptors:
+        return (None,) * len(tensors)
+    return tuple(
+        TensorDescriptor(
+            x, [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]]
+        )
+        for x in tensors
     )
 
 

@@ -140,6 +140,32 @@ def load_tile(
 
 
 @triton.jit
+def load_rows(
+    ptr,
+    desc,
+    row_stride,
+    head_column,
+    seq_start,
+    begin,
+    seq_len,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """As `load_tile`; with DESCRIPTORS a full block comes through ``desc``, that is by the tensor copy engine.
+
+    Not an edge block: the engine knows where the tensor ends, not where the sequence does.
+    """
+    if DESCRIPTORS and not EDGE:
+        tile = desc.load([(seq_start + begin).to(tl.int32), head_column.to(tl.int32)])
+    else:
+        tile = load_tile(ptr, row_stride, begin, seq_len, ROWS, WIDTH, BLOCK, EDGE)
+    return tile
+
+
+@triton.jit
 def store_tile(ptr, tile, row_stride, begin, seq_len, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """The counterpart of `load_tile`, always bounded."""
     row = tl.arange(0, ROWS)

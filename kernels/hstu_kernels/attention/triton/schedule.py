@@ -1,9 +1,9 @@
 """Which tiles meet which, worked out on the device once for a batch. Imports torch alone.
 
-A work list has one line for each tile that exists, the longest first: no program starts only to find that it has
-nothing to do, and none that starts late runs long. A line says where the tile lies and which blocks of the other side
-it meets: full blocks, in which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is
-visible are in neither.
+A work list has one line for each tile that exists: no program starts only to find that it has nothing to do. Lines go
+sequence by sequence, the longest first, so that programs that run together read the same rows from the cache and none
+that starts late runs long. A line says where the tile lies and which blocks of the other side it meets: full blocks, in
+which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is visible are in neither.
 """
 
 from __future__ import annotations
@@ -34,38 +34,40 @@ class TritonPlan:
     row_times: Tensor | None  # [L] int64
     key_times: Tensor | None  # [L] int64
     boundaries: Tensor | None  # [num_buckets] int64
+    total_rows: int  # L: bounds the length of the lists, so that no device is asked
     # (side, block_m, block_n) -> [tiles, LINE]; tile sizes are known only when the first layer brings its widths.
     work: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def query_work(self, block_m: int, block_n: int) -> Tensor:
-        """``[tiles, LINE]`` int64: query tiles and the key blocks they meet."""
+        """``[tiles, LINE]`` int64: query tiles and the key blocks they meet; at the end up to B lines without work."""
         return self._work("query", block_m, block_n)
 
     def key_work(self, block_m: int, block_n: int) -> Tensor:
-        """``[tiles, LINE]`` int64: key tiles and the blocks of query rows they meet."""
+        """``[tiles, LINE]`` int64: key tiles and the blocks of query rows they meet; the end as `query_work`."""
         return self._work("key", block_m, block_n)
 
     def _work(self, side: str, block_m: int, block_n: int) -> Tensor:
         key = (side, block_m, block_n)
         if key not in self.work:
-            own = block_m if side == "query" else block_n
-            tiles = _tiles(self.layout, own)
-            segments = key_segments if side == "query" else row_segments
+            of_query = side == "query"
+            own = block_m if of_query else block_n
+            tiles = _tiles(self.layout, own, self.total_rows, last_first=of_query)
+            segments = key_segments if of_query else row_segments
             full, edge = segments(self.mask, self.layout.contextual_seq_len, tiles, block_m, block_n)
-            self.work[key] = _lines(tiles, full, edge, block_n if side == "query" else block_m)
+            self.work[key] = _lines(tiles, full, edge, block_n if of_query else block_m)
         return self.work[key]
 
 
-def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None) -> TritonPlan:
-    """Resolve the times of a batch; work lists follow at the first call for a width."""
+def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None, total_rows: int) -> TritonPlan:
+    """Resolve the times of a batch of ``total_rows`` rows; work lists follow at the first call for a width."""
     if bias is None or bias.time_table is None:
-        return TritonPlan(layout, mask, None, None, None)
+        return TritonPlan(layout, mask, None, None, None, total_rows)
     assert bias.timestamps is not None
     row_times = bias.row_timestamps
     if row_times is None:
         row_times = next_event_timestamps(bias.timestamps, layout)
     bounds = bucket_boundaries(bias.num_buckets, layout.device)
-    return TritonPlan(layout, mask, row_times.contiguous(), bias.timestamps.contiguous(), bounds)
+    return TritonPlan(layout, mask, row_times.contiguous(), bias.timestamps.contiguous(), bounds, total_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +80,28 @@ class Tiles:
     begin: Tensor
 
 
-def _tiles(layout: JaggedLayout, block: int) -> Tiles:
-    counts = (layout.seq_lengths + block - 1) // block
-    total = int(counts.sum())
-    sequence = torch.repeat_interleave(torch.arange(layout.batch_size, device=layout.device), counts, output_size=total)
-    before = counts.cumsum(0) - counts
-    begin = (torch.arange(total, device=layout.device) - before[sequence]) * block
-    return Tiles(
-        layout.seq_offsets[:-1][sequence], layout.seq_lengths[sequence], layout.history_lengths[sequence], begin
-    )
+def list_length(total_rows: int, batch_size: int, block: int) -> int:
+    """Lines of a list: a bound on the number of tiles that is known without asking the device."""
+    return total_rows // block + batch_size
+
+
+def _tiles(layout: JaggedLayout, block: int, total_rows: int, *, last_first: bool) -> Tiles:
+    """The longest sequence first; inside a sequence the busiest first: of queries the last, of keys the first.
+
+    Behind all tiles stand empty ones: rows and history of 0 length at the start of the batch.
+    """
+    order = layout.seq_lengths.argsort(descending=True, stable=True)
+    counts = ((layout.seq_lengths + block - 1) // block)[order]
+    ends = counts.cumsum(0)
+    index = torch.arange(list_length(total_rows, layout.batch_size, block), device=layout.device)
+    place = torch.searchsorted(ends, index, right=True)
+    exists = place < layout.batch_size
+    place = place.clamp(max=layout.batch_size - 1)
+    tile = ends[place] - 1 - index if last_first else index - (ends - counts)[place]
+    sequence = order[place]
+    columns = (layout.seq_offsets[:-1][sequence], layout.seq_lengths[sequence], layout.history_lengths[sequence], tile)
+    start, length, history, tile = (torch.where(exists, column, 0) for column in columns)
+    return Tiles(start, length, history, tile * block)
 
 
 def key_segments(
@@ -186,16 +201,13 @@ def _or_empty(begin: Tensor, end: Tensor, at: Tensor, wanted: Tensor) -> Segment
 
 def _lines(tiles: Tiles, full: list[Segment], edge: list[Segment], block: int) -> Tensor:
     columns = [tiles.start, tiles.length, tiles.history_end, tiles.begin]
-    work = torch.zeros_like(tiles.begin)
     for segments in (full, edge):
         before = torch.zeros_like(tiles.begin)
         for begin, end in segments:
             blocks = before + ((end - begin).clamp(min=0) + block - 1) // block
             columns += [begin - before * block, blocks]
             before = blocks
-        work = work + before
-    lines = torch.stack(columns, 1)
-    return lines[work.argsort(descending=True, stable=True)].contiguous()
+    return torch.stack(columns, 1)
 
 
 def _floor(x: Tensor, block: int) -> Tensor:

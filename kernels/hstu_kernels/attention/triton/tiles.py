@@ -39,6 +39,7 @@ class KernelShape:
         reach: ``N - 1`` of the position table, -1 without one.
         buckets: last bucket of the time table, -1 without one.
         exact: SiLU through exp; otherwise through the hardware's approximate tanh.
+        descriptors: full blocks of the streamed operands come through tensor descriptors.
     """
 
     heads: int
@@ -52,13 +53,14 @@ class KernelShape:
     reach: int
     buckets: int
     exact: bool
+    descriptors: bool
 
 
 def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool) -> TileSet:
     """The tiles for head widths ``qk_dim`` and ``v_dim``, with and without a relative bias.
 
-    Guesses by shared memory and registers around a causal probe at widths 64 and 128, still to be measured:
-    docs/performance-notes.md.
+    Measured on an H100 at widths 64 and 128 without bias (docs/performance-notes.md), the rest by shared memory and
+    registers. Never by length: a longer neighbour or another ``max_seq_len`` may not change a number.
     """
     width = max(padded_width(qk_dim), padded_width(v_dim))
     tiles = _TILES[torch.float32 if dtype == torch.float32 else torch.bfloat16][min(max(width, 64), 256)]
@@ -78,8 +80,8 @@ _TILES = {
         256: TileSet(_FP32, _FP32, _FP32, _FP32),
     },
     torch.bfloat16: {
-        64: TileSet(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 1)),
-        128: TileSet(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 1)),
+        64: TileSet(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 1)),
+        128: TileSet(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
         256: TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 1)),
     },
 }

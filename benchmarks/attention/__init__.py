@@ -1,0 +1,1 @@
+"""Speed of the attention kernels: ``python -m benchmarks.attention run|baselines|report``."""

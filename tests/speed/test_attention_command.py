@@ -1,0 +1,177 @@
+"""``python -m benchmarks.attention`` on a CPU, and its report."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from benchmarks import ledger
+from benchmarks.attention import __main__ as command
+from benchmarks.attention import contenders
+from benchmarks.attention.measure import COLUMNS
+from benchmarks.attention.report import length_slopes, markdown, newest, write_report
+from benchmarks.ledger import LedgerError, append, read
+from benchmarks.timing import Spread, host_microseconds, time_calls
+
+CPU = ["--device", "cpu", "--tiny", "--seconds", "0.001"]
+
+
+def invoke(*words: str) -> Result:
+    return CliRunner().invoke(command.main, list(words))
+
+
+def recorded(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_checks_times_and_appends(tmp_path: Path) -> None:
+    path = tmp_path / "attention.csv"
+    done = invoke("run", *CPU, "--group", "targets", "--group", "small", "--output", str(path))
+    assert done.exit_code == 0, done.output
+    rows = recorded(path)
+    assert list(rows[0]) == list(COLUMNS)
+    found = {(row["contender"], row["direction"], row["mode"]) for row in rows if row["group"] == "targets"}
+    assert found == {
+        ("eager", "forward", "call"),
+        ("eager", "backward", "call"),
+        ("eager", "forward", "unplanned"),
+        ("eager-cached", "forward", "call"),
+    }
+    for row in rows:
+        assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert float(row["host_us"]) > 0
+        assert row["commit"] and row["torch"] == torch.__version__ and row["taken_at"].endswith("Z")
+        assert 0 < float(row["relative_error"]) < 1e-2
+    again = invoke("run", *CPU, "--case", "8x256", "--direction", "forward", "--output", str(path), "--commit", "abc")
+    assert again.exit_code == 0, again.output
+    assert recorded(path)[: len(rows)] == rows
+    assert [row["commit"] for row in recorded(path)[len(rows) :]] == ["abc", "abc"]
+
+
+def test_a_dry_run_records_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "attention.csv"
+    assert invoke("run", *CPU, "--case", "8x256", "--dry-run", "--output", str(path)).exit_code == 0
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_nothing_is_recorded_of_a_wrong_kernel(
+    keep_going: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = contenders.ours("eager")
+
+    def wrong(batch: contenders.Batch) -> contenders.Bound:
+        bound = right(batch)
+        return replace(bound, name="wrong", forward=lambda *leaves: bound.forward(*leaves) * 1.1)
+
+    monkeypatch.setattr(command, "ours", lambda _: wrong)
+    monkeypatch.setattr(command, "ours_cached", lambda _: right)
+    path = tmp_path / "attention.csv"
+    words = ["run", *CPU, "--case", "8x256", "--output", str(path)]
+    done = invoke(*words, *(["--keep-going"] if keep_going else []))
+    assert done.exit_code == 1
+    assert "WRONG" in done.output
+    assert path.exists() == keep_going
+    if keep_going:
+        assert {row["contender"] for row in recorded(path)} == {"eager"}
+
+
+def test_baselines_that_run_here(tmp_path: Path) -> None:
+    path = tmp_path / "attention.csv"
+    words = ["--contender", "sdpa-flash", "--contender", "meta-triton", "--case", "16x4096x4x128-full"]
+    done = invoke("baselines", *CPU, *words, "--output", str(path))
+    assert done.exit_code == 0, done.output
+    assert "not measured: meta-triton" in done.output
+    rows = recorded(path)
+    assert {row["contender"] for row in rows} == {"sdpa-flash"}
+    # Another function than ours: nothing to compare it with.
+    assert {row["relative_error"] for row in rows} == {""}
+
+
+def test_errors_name_what_to_do(tmp_path: Path) -> None:
+    assert "no case matches" in invoke("run", *CPU, "--case", "nothing").output
+    nothing = invoke("report", "--input", str(tmp_path / "none.csv"), "--output", str(tmp_path))
+    assert nothing.exit_code == 1
+    assert "run the benchmark first" in nothing.output
+    foreign = tmp_path / "foreign.csv"
+    foreign.write_text("a,b\n1,2\n", encoding="utf-8")
+    assert "expected the columns" in invoke("report", "--input", str(foreign), "--output", str(tmp_path)).output
+    with pytest.raises(LedgerError, match="expected the columns a, c, got a, b"):
+        append(foreign, ["a", "c"], [{"a": 1, "c": 2}])
+
+
+def row(**changes: object) -> dict[str, str]:
+    base: dict[str, object] = dict.fromkeys(COLUMNS, "")
+    base |= {"device": "chip", "dtype": "bfloat16", "group": "length", "case": "a", "series": "full", "length": 4096}
+    base |= {"batch": 4, "qk_dim": 128, "contender": "triton", "direction": "forward", "mode": "call"}
+    base |= {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "tflops_convention": 500.0, "matmul_tflops": 793.0}
+    base |= {"copy_tbs": 3.02, "commit": "0123456789abcdef", "bias": "none", "host_us": 40.0, "peak_mib": 100.0}
+    return {name: str(value) for name, value in (base | changes).items()}
+
+
+def test_slopes_are_those_of_powers() -> None:
+    rows = []
+    for length in (4096, 8192, 16384, 65536):
+        rows.append(row(case=f"full-{length}", length=length, p50_ms=length**2))
+        rows.append(row(case=f"p-{length}", length=length, group="semi_local", series="semi-local tail", p50_ms=length))
+    slopes = length_slopes(rows)
+    assert slopes["triton", "full", "forward"] == (pytest.approx(2.0), 4096, 65536)
+    assert slopes["triton", "semi-local tail", "forward"] == (pytest.approx(1.0), 4096, 65536)
+    assert length_slopes(rows[:4]) == {}
+
+
+def test_the_newest_row_counts_and_ratios_are_worked_out() -> None:
+    rows = [
+        row(group="biased", case="none", p50_ms=9.0),
+        row(group="biased", case="none", p50_ms=2.0),
+        row(group="biased", case="both", bias="both", p50_ms=3.0, peak_mib=104.0),
+        row(group="targets", case="t", p50_ms=8.0),
+        row(group="targets", case="t", p50_ms=2.0, contender="triton-cached"),
+        row(group="small", case="s", p50_ms=0.05),
+        row(group="small", case="s", p50_ms=0.02, mode="graph"),
+    ]
+    text = markdown(newest(rows))
+    assert "| triton | both | forward | 1.50 | 1.040 |" in text
+    assert "| t | triton-cached | 8.000 | 2.000 | 4.0 |" in text
+    assert "| s | triton | forward | 50.0 | 20.0 |  | 40.0 |" in text
+    assert "9 [" not in text
+
+
+def test_the_report_writes_tables_and_charts_of_one_device(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    lengths = (4096, 8192, 16384)
+    rows = [row(case=f"{n}-{d}", length=n, direction=d) for n in lengths for d in ("forward", "backward")]
+    append(path, COLUMNS, [row(device="other", case="foreign"), *rows])
+    assert len(read(path, COLUMNS)) == 7
+    written = write_report(path, tmp_path / "report")
+    assert [file.name for file in written] == ["attention.md", "attention-tflops.png", "attention-time.png"]
+    assert all(file.stat().st_size > 500 for file in written)
+    text = written[0].read_text(encoding="utf-8")
+    assert "foreign" not in text
+    assert "bf16 product 793 to 793 TFLOP/s" in text
+    assert "![attention-time](attention-time.png)" in text
+    with pytest.raises(LedgerError, match="no rows of a device named 'none'"):
+        write_report(path, tmp_path, "none")
+
+
+def test_a_row_is_complete_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    append(path, ["a", "b"], [{"a": 0.123456789, "b": float("nan")}, {"a": None}])
+    assert path.read_text(encoding="utf-8") == "a,b\n0.123457,\n,\n"
+    assert ledger.RESULTS.name == "results"
+
+
+def test_timing_takes_turns_and_orders_its_quantiles() -> None:
+    calls: list[int] = []
+    spread = time_calls([lambda: calls.append(0), lambda: calls.append(1)], torch.device("cpu"), seconds=0.0)
+    assert spread.samples == 11
+    assert 0 <= spread.p20 <= spread.p50 <= spread.p80
+    assert set(calls) == {0, 1}
+    assert host_microseconds([lambda: None], torch.device("cpu")) < 1e4
+    assert Spread.of([float(i) for i in range(11)]) == Spread(2.0, 5.0, 8.0, 11)
