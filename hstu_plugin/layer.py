@@ -72,7 +72,8 @@ class HSTULayer(nn.Module):
     ) -> Tensor:
         """``[L, D] -> [L, D]`` over ``[contextual | history | targets]``; times are ``[L]`` int64 seconds."""
         bias = self.bias(timestamps, row_timestamps)
-        if not (self.config.recompute and torch.is_grad_enabled()):
+        # A compiler decides by itself what to store, and cannot trace the hooks.
+        if not self.config.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             u, v, q, k = self._project(x)
             return self._gate(x, u, self._attend(q, k, v, layout, bias, plan))
         rebuilder = Rebuilder()

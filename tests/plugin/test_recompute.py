@@ -201,6 +201,19 @@ def test_forward_of_the_encoder_lets_keys_and_values_go(monkeypatch: pytest.Monk
     assert not kept
 
 
+def test_compiled_layers_are_one_graph() -> None:
+    torch.compiler.reset()
+    plain, saving = make_layers(ALL, dropout=0.0)
+    expected, got = gradients(plain, rows()), gradients(saving, rows())
+    compiled = torch.compile(saving, fullgraph=True, backend="aot_eager")
+    x = rows().requires_grad_()
+    compiled(x, *make_arguments()).square().sum().backward()
+    assert torch.equal(got[1], expected[1])
+    assert x.grad is not None
+    assert torch.allclose(x.grad, expected[1], rtol=1e-10, atol=1e-6 * float(expected[1].abs().max()))
+    torch.compiler.reset()
+
+
 def test_config_takes_names_in_any_order_once() -> None:
     config = HSTUConfig(recompute=("uvqk", "input_norm", "uvqk"))  # type: ignore[arg-type]
     assert config.recompute == (Recompute.INPUT_NORM, Recompute.UVQK)
