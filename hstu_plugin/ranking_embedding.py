@@ -46,7 +46,7 @@ class ActionEncoder(nn.Module):
         bits = (types.clamp(min=0)[:, None] >> places) & 1
         vector = self.shown + bits.to(self.types.dtype) @ self.types
         for column, (feature, table) in enumerate(zip(self.features.intensities, self.intensities, strict=True)):
-            numbers = events.intensities[:, column]
+            numbers = events.intensities[:, column].contiguous()
             bounds = torch.tensor(feature.boundaries, dtype=numbers.dtype, device=numbers.device)
             buckets = torch.bucketize(numbers, bounds, right=True) + 1
             vector = vector + table(buckets.masked_fill(numbers.isnan(), 0))

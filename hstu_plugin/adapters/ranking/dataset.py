@@ -64,7 +64,7 @@ def load(schema: Schema, directory: Path) -> RankingData:
     series = [_feature(table, column, rows, seen) for column in schema.series]
     contexts = [_feature(table, column, rows, seen) for column in schema.actions.contexts]
     offsets, user_names = _user_offsets(rows.users)
-    user_ids, user_features = _user_features(schema, directory, user_names, np.unique(rows.users[seen]))
+    user_ids, user_features = _user_features(schema, directory, user_names, np.unique(rows.users[seen].astype(str)))
     types, type_names = _action_types(schema, table, rows)
     labels = _labels(schema, table, rows)
     intensities = [_intensity(table, column.column, column.per, rows) for column in schema.actions.intensities]
@@ -128,7 +128,7 @@ def _ordered(schema: Schema, table: Table, directory: Path) -> tuple[_Rows, int]
         late = last > _first_times(users, times, owners, otherwise=last)
         past.refuse(schema.past.last_time, late, "the past ends after the user's first event")
         counts = [len(own) for own in lists]
-        kept = np.repeat(np.isin(owners, users), counts)
+        kept = np.repeat(look_up(np.unique(users.astype(str)), owners) >= 0, counts)
         flat = np.array([item for own in lists for item in own], dtype=object)
         parts.insert(
             0,
@@ -191,7 +191,7 @@ def _user_features(
     if schema.users.include_id:
         vocabulary = Vocabulary(seen_users)
         ids, features = [vocabulary.ids(users)], [Categorical(name="user", num_ids=vocabulary.num_ids)]
-    own, named = _side_features(schema.users, directory, users, np.isin(users, seen_users))
+    own, named = _side_features(schema.users, directory, users, look_up(seen_users, users) >= 0)
     return ids + own, features + named
 
 

@@ -45,7 +45,7 @@ class Request:
 
 
 def execute(request: Request, say: Callable[[str], None] = print) -> list[report.Record]:
-    """Train and test; writes result.json and curve.png of each run, and comparison.json, .md and curve.png of all.
+    """Train and test; writes result.json and curve.png of each run, comparison.json and .md, and curve.png of several.
 
     Raises:
         SchemaError, DataError, CheckpointError, ReportError, ValueError: recipe, data or an old run cannot be used.
@@ -68,7 +68,7 @@ def execute(request: Request, say: Callable[[str], None] = print) -> list[report
     write_json(request.output_dir / "comparison.json", comparison)
     write_text(request.output_dir / "comparison.md", report.comparison_markdown(comparison))
     trained = [record for record in records if record["history"]]
-    if trained:
+    if len(trained) > 1:
         report.learning_curve(trained, request.output_dir / report.CURVE)
     return records
 
