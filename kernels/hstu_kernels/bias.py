@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ def bucket_boundaries(num_buckets: int, device: torch.device | str = "cpu") -> T
     ``bucket(x) = clamp(floor(ln(max(1, x)) / 0.301), 0, num_buckets)`` as integer thresholds, so that every backend
     and every float precision agrees on the bucket of a time difference.
     """
+    return torch.tensor(_boundaries(num_buckets), dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def _boundaries(num_buckets: int) -> tuple[int, ...]:
     bounds = []
     for k in range(1, num_buckets + 1):
         if k * _BUCKET_WIDTH >= math.log(_INT64_MAX):
@@ -29,7 +35,7 @@ def bucket_boundaries(num_buckets: int, device: torch.device | str = "cpu") -> T
         while math.floor(math.log(bound) / _BUCKET_WIDTH) < k:
             bound += max(1, bound >> 50)
         bounds.append(min(bound, _INT64_MAX))
-    return torch.tensor(bounds, dtype=torch.int64, device=device)
+    return tuple(bounds)
 
 
 def time_buckets(row_timestamps: Tensor, key_timestamps: Tensor, boundaries: Tensor) -> Tensor:

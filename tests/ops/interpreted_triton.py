@@ -25,6 +25,7 @@ from hstu_kernels import (
 from hstu_kernels.attention import ops
 from hstu_kernels.attention.triton import plan_triton
 from hstu_kernels.attention.triton.launch import triton_attention
+from hstu_kernels.attention.triton.target_launch import triton_target_attention
 from hstu_kernels.attention.triton.tiles import Tile, TileSet
 from hstu_kernels.testing import (
     ATTENTION_CASES,
@@ -35,6 +36,7 @@ from hstu_kernels.testing import (
     make_inputs,
     poisoned_empty,
     run_attention,
+    split_targets,
 )
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_interpreter.py"
@@ -214,5 +216,65 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedBackend, match="16 to 256, got Dv 257"):
         attend(torch.float32, 16, 257)
     rows = torch.zeros(3, 1, 16)
-    with pytest.raises(UnsupportedBackend, match="no cached target attention yet; use backend='eager'"):
-        hstu_target_attention(rows, rows, rows, LayerKV(rows, rows, layout), **options)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedBackend, match="target attention has no gradient"):
+        hstu_target_attention(rows.clone().requires_grad_(), rows, rows, LayerKV(rows, rows, layout), **options)  # type: ignore[arg-type]
+
+
+TARGET_CASES = [case for case in CASES if case.num_targets is not None]
+TARGET_MASKS = {
+    "as-named": None,
+    "window": AttentionMask(max_attn_len=7, window_targets=True),
+    "window-prefix": AttentionMask(max_attn_len=9, global_prefix_len=3, window_targets=True),
+    "window-meets-prefix": AttentionMask(max_attn_len=20, global_prefix_len=18, window_targets=True),
+}
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3], ids=lambda n: f"micro-batch-{n or 'all'}")
+@pytest.mark.parametrize("name", TARGET_MASKS)
+@pytest.mark.parametrize("case", TARGET_CASES, ids=str)
+def test_cached_targets_equal_the_oracle(case: AttentionCase, name: str, micro_batch_size: int | None) -> None:
+    inputs = make_inputs(replace(case, mask=TARGET_MASKS[name] or case.mask), torch.float32)
+    options = {"alpha": inputs.alpha, "scale": inputs.scale}
+    for part in split_targets(inputs, micro_batch_size):
+        with poisoned_empty():
+            got = triton_target_attention(
+                part.q,
+                part.k,
+                part.v,
+                part.cache,
+                part.layout,
+                inputs.mask,
+                **options,
+                bias=part.bias,
+                tile=SMALL.forward,
+            )
+        expected = hstu_target_attention(
+            part.q,
+            part.k,
+            part.v,
+            part.cache,
+            part.layout,
+            inputs.mask,
+            **options,
+            bias=part.bias,
+            backend="reference",
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cached_targets_through_the_door() -> None:
+    inputs = make_inputs(next(case for case in CASES if case.name == "targets"), torch.float32)
+    (part,) = split_targets(inputs)
+    attend = functools.partial(
+        hstu_target_attention,
+        part.q,
+        part.k,
+        part.v,
+        part.cache,
+        part.layout,
+        inputs.mask,
+        alpha=inputs.alpha,
+        scale=inputs.scale,
+        bias=part.bias,
+    )
+    torch.testing.assert_close(attend(backend="triton"), attend(backend="reference"), rtol=1e-5, atol=1e-6)

@@ -27,7 +27,16 @@ TABLES = {
     "key_times_ptr": "*i64",
 }
 DESCRIPTORS = ("k_desc", "v_desc", "q_desc", "dout_desc")
-ARRAYS = {"work_ptr": "*i64", "pos_sums_ptr": "*fp32", "time_sums_ptr": "*fp32", "alpha": "fp32", "scale": "fp32"}
+ARRAYS = {
+    "work_ptr": "*i64",
+    "offsets_ptr": "*i64",
+    "cache_offsets_ptr": "*i64",
+    "batch_size": "i32",
+    "pos_sums_ptr": "*fp32",
+    "time_sums_ptr": "*fp32",
+    "alpha": "fp32",
+    "scale": "fp32",
+}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SEMI_LOCAL = AttentionMask(max_attn_len=256, global_prefix_len=64, full_attn_tail_len=256, window_targets=True)
 # Bytes of stack that a thread may use: the 64 x 128 tile of dk and dv spills 104 and is the fastest that was measured.
@@ -46,17 +55,19 @@ def kernels() -> dict[str, Any]:
     from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
     from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
     from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
+    from hstu_kernels.attention.triton.target import hstu_target_kernel
 
     return {
         "forward": hstu_fwd_kernel,
         "dq": hstu_bwd_dq_kernel,
         "dkdv": hstu_bwd_dkdv_kernel,
         "bias": hstu_bwd_bias_kernel,
+        "target": hstu_target_kernel,
     }
 
 
 def tile_of(tiles: TileSet, name: str) -> Tile:
-    tile: Tile = getattr(tiles, name)
+    tile: Tile = getattr(tiles, "forward" if name == "target" else name)
     return tile
 
 
@@ -69,6 +80,7 @@ def compiled(
     *,
     bias: bool = False,
     descriptors: bool = False,
+    precision: str = "ieee",
 ) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -89,6 +101,7 @@ def compiled(
         buckets=128 if bias else -1,
         exact=dtype == torch.float32,
         descriptors=descriptors,
+        precision=precision,
     )
     constants: dict[str, Any] = {"SHAPE": shape, "MASK": mask, "ENTRIES": 256, "COPIES": 32}
     if not bias:
@@ -135,7 +148,7 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", listing)}
 
 
-@pytest.mark.parametrize("name", ["forward", "dq", "dkdv", "bias"])
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv", "bias", "target"])
 @pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")], ids=str)
 def test_tensor_cores_are_used(name: str, capability: int, instruction: str) -> None:
     code = compiled(name, capability).asm["ptx"]
@@ -145,7 +158,7 @@ def test_tensor_cores_are_used(name: str, capability: int, instruction: str) -> 
         assert "cp.async" in code, "operands are not copied ahead of their use"
 
 
-@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv", "target"])
 @pytest.mark.parametrize("capability", [90, 100])
 def test_the_copy_engine_fetches_full_blocks(name: str, capability: int) -> None:
     kernel = compiled(name, capability, descriptors=True)
@@ -153,7 +166,7 @@ def test_the_copy_engine_fetches_full_blocks(name: str, capability: int) -> None
     assert kernel.metadata.shared <= 227 * 1024
 
 
-@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv", "target"])
 def test_hopper_code_fits_into_registers(name: str, tmp_path: Path) -> None:
     kernel = compiled(name, 90)
     assert kernel.metadata.shared <= 227 * 1024
@@ -177,6 +190,12 @@ def test_other_widths_and_types_compile_with_bias(name: str, dtype: torch.dtype,
     kernel = compiled(name, 90, dtype, widths, bias=True)
     assert kernel.metadata.shared <= 227 * 1024
     assert ("tanh.approx" in kernel.asm["ptx"]) == (dtype != torch.float32)
+
+
+def test_float32_uses_tensor_cores_where_tf32_is_allowed() -> None:
+    exact, fast = (compiled("forward", 90, torch.float32, precision=p).asm["ptx"] for p in ("ieee", "tf32"))
+    assert "tf32" not in exact
+    assert "tf32" in fast
 
 
 def test_causal_full_tiles_carry_no_mask() -> None:

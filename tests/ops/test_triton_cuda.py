@@ -8,8 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hstu_kernels import hstu_attention
-from hstu_kernels.testing import ATTENTION_CASES, AttentionCase, assert_within_budget, make_inputs
+from hstu_kernels import hstu_attention, hstu_target_attention
+from hstu_kernels.testing import (
+    ATTENTION_CASES,
+    AttentionCase,
+    assert_within_budget,
+    make_inputs,
+    poisoned_empty,
+    split_targets,
+)
 
 pytestmark = [
     pytest.mark.cuda,
@@ -29,3 +36,47 @@ def wide(case: AttentionCase) -> AttentionCase:
 def test_stays_in_the_budget(case: AttentionCase, dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     assert_within_budget(attention, make_inputs(wide(case), dtype, device="cuda"), signal=False)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_float32_follows_the_precision_of_pytorch(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    inputs = make_inputs(wide(ATTENTION_CASES[1]), torch.float32, device="cuda")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        options = {"alpha": inputs.alpha, "scale": inputs.scale, "bias": inputs.bias}
+        got = attention(inputs.q, inputs.k, inputs.v, inputs.layout, inputs.mask, **options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = inputs.to(torch.float64)
+    options = {"alpha": exact.alpha, "scale": exact.scale, "bias": exact.bias}
+    expected = hstu_attention(exact.q, exact.k, exact.v, exact.layout, exact.mask, **options, backend="eager")
+    error = float((got.double() - expected).norm() / expected.norm())
+    # tf32 keeps 10 bits of a factor, float32 23.
+    assert (error < 1e-5) if precision == "highest" else (1e-5 < error < 1e-2)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3], ids=lambda n: f"micro-batch-{n or 'all'}")
+@pytest.mark.parametrize("case", [c for c in ATTENTION_CASES if c.num_targets is not None], ids=str)
+def test_cached_targets_stay_in_the_budget(case: AttentionCase, micro_batch_size: int | None) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    inputs = make_inputs(wide(case), torch.float64, device="cuda")
+    low = inputs.to(torch.bfloat16)
+    options = {"alpha": inputs.alpha, "scale": inputs.scale}
+    pairs = zip(split_targets(inputs, micro_batch_size), split_targets(low, micro_batch_size), strict=True)
+    for exact, part in pairs:
+        rest = (part.layout, inputs.mask)
+
+        def attend(part=part, rest=rest, backend="triton"):  # type: ignore[no-untyped-def]
+            return hstu_target_attention(
+                part.q, part.k, part.v, part.cache, *rest, **options, bias=part.bias, backend=backend
+            )
+
+        expected = attend(exact, backend="reference")
+        if not expected.numel():
+            continue
+        budget = float((attend(backend="eager").double() - expected).abs().max())
+        with poisoned_empty():
+            got = attend()
+        assert float((got.double() - expected).abs().max()) <= 2 * budget + 1e-12

@@ -168,8 +168,6 @@ def hstu_target_attention(
     q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
     resolved = _resolve(backend, q.device, q.dtype, q.shape[2], v.shape[2])
-    if resolved is Backend.TRITON:
-        raise UnsupportedBackend("backend: triton has no cached target attention yet; use backend='eager'")
     layout.check_rows("q", q.shape[0])
     cache.layout.check_rows("cache.k", cache.k.shape[0])
     if cache.v.shape[0] != cache.k.shape[0]:
@@ -192,6 +190,15 @@ def hstu_target_attention(
             raise ValueError(f"bias.row_timestamps: expected the request time of each of {q.shape[0]} targets")
         if bias.timestamps is None or bias.timestamps.numel() != cache.k.shape[0]:
             raise ValueError(f"bias.timestamps: expected one entry for each of {cache.k.shape[0]} cached rows")
+    if resolved is Backend.TRITON:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, cache.k, cache.v)):
+            raise UnsupportedBackend(
+                "backend: triton's cached target attention has no gradient; score under torch.no_grad() or "
+                "torch.inference_mode(), or use backend='eager'"
+            )
+        from hstu_kernels.attention.triton.target_launch import triton_target_attention
+
+        return triton_target_attention(q, k, v, cache, layout, mask, alpha=alpha, scale=scale, bias=bias)
     call = eager_target_attention if resolved is Backend.EAGER else reference_target_attention
     return call(q, k, v, cache, layout, mask, alpha=alpha, scale=scale, bias=bias)
 

@@ -85,7 +85,7 @@ def _add_keys(
     )
     key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
     # [M, N]
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha
+    logits = tl.dot(q, tl.trans(k), input_precision=SHAPE.precision) * alpha
     logits = add_bias(
         logits,
         rows[:, None],
@@ -99,10 +99,10 @@ def _add_keys(
         SHAPE,
     )
     _, slope = silu_and_slope(logits, SHAPE)
-    slope *= tl.dot(dout, tl.trans(v), input_precision="ieee")
+    slope *= tl.dot(dout, tl.trans(v), input_precision=SHAPE.precision)
     if EDGE:
         slope = tl.where(visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK), slope, 0.0)
-    return tl.dot(slope.to(k.dtype), k, acc, input_precision="ieee")
+    return tl.dot(slope.to(k.dtype), k, acc, input_precision=SHAPE.precision)
 
 
 @triton.jit
@@ -280,7 +280,7 @@ def _add_rows(
     )
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     # [N, M]
-    logits = tl.dot(k, tl.trans(q), input_precision="ieee") * alpha
+    logits = tl.dot(k, tl.trans(q), input_precision=SHAPE.precision) * alpha
     logits = add_bias(
         logits,
         rows[None, :],
@@ -294,13 +294,13 @@ def _add_rows(
         SHAPE,
     )
     weights, slope = silu_and_slope(logits, SHAPE)
-    slope *= tl.dot(v, tl.trans(dout), input_precision="ieee")
+    slope *= tl.dot(v, tl.trans(dout), input_precision=SHAPE.precision)
     if EDGE:
         seen = visible(rows[None, :], cols[:, None], history_end, SHAPE, MASK)
         weights = tl.where(seen, weights, 0.0)
         slope = tl.where(seen, slope, 0.0)
-    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
-    dk = tl.dot(slope.to(q.dtype), q, dk, input_precision="ieee")
+    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=SHAPE.precision)
+    dk = tl.dot(slope.to(q.dtype), q, dk, input_precision=SHAPE.precision)
     return dk, dv
 
 

@@ -148,8 +148,8 @@ def hstu_bwd_bias_kernel(
             dout = load_tile(
                 dout_ptr + head * SHAPE.v_dim, V_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, True
             )
-            _, slope = silu_and_slope(tl.dot(q, tl.trans(k), input_precision="ieee") * alpha + rab, SHAPE)
-            grad += slope * tl.dot(dout, tl.trans(v), input_precision="ieee")
+            _, slope = silu_and_slope(tl.dot(q, tl.trans(k), input_precision=SHAPE.precision) * alpha + rab, SHAPE)
+            grad += slope * tl.dot(dout, tl.trans(v), input_precision=SHAPE.precision)
         seen = visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK)
         seen = seen & (rows[:, None] < seq_len) & (cols[None, :] < seq_len)
         grad = tl.where(seen, grad, 0.0)

@@ -80,7 +80,7 @@ def _add_keys(
     )
     key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
     # [M, N]
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha
+    logits = tl.dot(q, tl.trans(k), input_precision=SHAPE.precision) * alpha
     logits = add_bias(
         logits,
         rows[:, None],
@@ -96,7 +96,7 @@ def _add_keys(
     weights = silu(logits, SHAPE)
     if EDGE:
         weights = tl.where(visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK), weights, 0.0)
-    return tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+    return tl.dot(weights.to(v.dtype), v, acc, input_precision=SHAPE.precision)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bw
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
-from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet, padded_width, tile_set
+from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet, float32_precision, padded_width, tile_set
 from hstu_kernels.bias import RelativeBias
 
 # Partial sums of the position table that programs share; more of them: fewer programs wait for one address.
@@ -82,7 +82,7 @@ def triton_forward(
     tiles: TileSet,
 ) -> Tensor:
     """The forward alone, outside autograd."""
-    q, k, v = _addressable(q), _addressable(k), _addressable(v)
+    q, k, v = addressable(q), addressable(k), addressable(v)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     tile = tiles.forward
     work = plan.query_work(tile.block_m, tile.block_n)
@@ -93,10 +93,10 @@ def triton_forward(
             k,
             v,
             out,
-            *_descriptors(shape, (k, v), tile.block_n),
+            *descriptors(shape, (k, v), tile.block_n),
             *_bias_arguments(pos_table, time_table, plan),
             work,
-            *_strides(q, k, v),
+            *strides(q, k, v),
             alpha,
             scale,
             SHAPE=shape,
@@ -122,9 +122,9 @@ def triton_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and the two tables, outside autograd; ``None`` where ``needed`` says no."""
     need_q, need_k, need_v, need_pos, need_time = needed
-    q, k, v, grad = _addressable(q), _addressable(k), _addressable(v), grad.contiguous()
+    q, k, v, grad = addressable(q), addressable(k), addressable(v), grad.contiguous()
     common = _bias_arguments(pos_table, time_table, plan)
-    strides = _strides(q, k, v)
+    steps = strides(q, k, v)
     dq = dk = dv = dpos = dtime = None
     if need_q:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -138,10 +138,10 @@ def triton_backward(
                 v,
                 grad,
                 dq,
-                *_descriptors(shape, (k, v), tile.block_n),
+                *descriptors(shape, (k, v), tile.block_n),
                 *common,
                 work,
-                *strides,
+                *steps,
                 alpha,
                 scale,
                 SHAPE=shape,
@@ -163,10 +163,10 @@ def triton_backward(
                 grad,
                 dk,
                 dv,
-                *_descriptors(shape, (q, grad), tile.block_m),
+                *descriptors(shape, (q, grad), tile.block_m),
                 *common,
                 work,
-                *strides,
+                *steps,
                 alpha,
                 scale,
                 SHAPE=shape,
@@ -210,7 +210,7 @@ def _table_gradients(
             time_sums,
             *_bias_arguments(pos_table, time_table, plan),
             work,
-            *_strides(q, k, v),
+            *strides(q, k, v),
             alpha,
             SHAPE=shape,
             MASK=plan.mask,
@@ -250,11 +250,12 @@ def _kernel_shape(
         buckets=-1 if time_table is None else time_table.numel() - 1,
         # The interpreter has no inline assembly, and float32 is worth the exact form.
         exact=q.dtype == torch.float32 or interpreting(),
-        descriptors=_describable(streamed),
+        descriptors=describable(streamed),
+        precision=float32_precision(),
     )
 
 
-def _describable(tensors: tuple[Tensor, ...]) -> bool:
+def describable(tensors: tuple[Tensor, ...]) -> bool:
     """Whether the tensor copy engine can fetch rows of these ``[L, H, D]`` tensors: a matter of chip and alignment."""
     return (
         bool(tensors)
@@ -272,7 +273,7 @@ def _describable(tensors: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _descriptors(shape: KernelShape, tensors: tuple[Tensor, ...], rows: int) -> tuple[TensorDescriptor | None, ...]:
+def descriptors(shape: KernelShape, tensors: tuple[Tensor, ...], rows: int) -> tuple[TensorDescriptor | None, ...]:
     """One for each tensor, over its rows and the columns of all heads; None where the kernel takes pointers."""
     if not shape.descriptors:
         return (None,) * len(tensors)
@@ -293,10 +294,10 @@ def _bias_arguments(
     return tables[0], tables[1], plan.boundaries, plan.row_times, plan.key_times
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
+def strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
-def _addressable(x: Tensor) -> Tensor:
+def addressable(x: Tensor) -> Tensor:
     """``x`` itself where a kernel can address it: columns next to each other, rows not absurdly far apart."""
     return x if x.stride(2) == 1 and 0 < x.stride(0) < _LARGEST_STRIDE else x.contiguous()

@@ -40,6 +40,7 @@ class KernelShape:
         buckets: last bucket of the time table, -1 without one.
         exact: SiLU through exp; otherwise through the hardware's approximate tanh.
         descriptors: full blocks of the streamed operands come through tensor descriptors.
+        precision: of float32 products, ``ieee`` or ``tf32``.
     """
 
     heads: int
@@ -54,6 +55,7 @@ class KernelShape:
     buckets: int
     exact: bool
     descriptors: bool
+    precision: str
 
 
 def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool) -> TileSet:
@@ -69,6 +71,11 @@ def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool) -> Ti
         flat = [replace(tile, num_stages=1) for tile in (tiles.forward, tiles.dq, tiles.dkdv, tiles.bias)]
         return TileSet(*flat)
     return tiles
+
+
+def float32_precision() -> str:
+    """What PyTorch's own products of float32 do on a GPU: `torch.set_float32_matmul_precision`."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 _NARROW_FP32, _FP32 = Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)
