@@ -127,6 +127,8 @@ class HSTULayer(nn.Module):
     ) -> tuple[Tensor, LayerKV]:
         """Rows ``[R, D]`` that continue the cached histories; equals the last rows of `prefill` over both.
 
+        ``config.backend`` has no say here: there is one implementation, in plain PyTorch.
+
         Returns:
             their outputs, and the keys and values of these rows alone.
         """
@@ -141,7 +143,6 @@ class HSTULayer(nn.Module):
             alpha=self.config.alpha,
             scale=self.config.attn_scale,
             bias=self.bias(timestamps, row_timestamps),
-            backend=self.config.backend,
         )
         return self._gate(x, u, attended), LayerKV(k, v, layout, timestamps)
 

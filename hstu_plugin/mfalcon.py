@@ -186,7 +186,7 @@ class MFalconRanker:
             users: cached ones, in the order of the candidates' sequences; offloaded ones come back.
         """
         self._check_mode()
-        self._check_weights(cache)
+        self._check_cache(cache)
         caches = {
             name: read_history(transducer.encoder, cache.channels[name], users)
             for name, transducer in self._transducers.items()
@@ -274,7 +274,7 @@ class MFalconRanker:
 
     def _check_call(self, cache: HistoryCache, users: Sequence[User]) -> list[User]:
         self._check_mode()
-        self._check_weights(cache)
+        self._check_cache(cache)
         users = list(users)
         if len(set(users)) != len(users):
             raise ValueError(f"users: expected each one once, got {users!r}")
@@ -284,7 +284,13 @@ class MFalconRanker:
         if self.ranker.training:
             raise ValueError("ranker: expected evaluation mode, got training (dropout is on); call ranker.eval() first")
 
-    def _check_weights(self, cache: HistoryCache) -> None:
+    def _check_cache(self, cache: HistoryCache) -> None:
+        device = next(self.ranker.parameters()).device.type
+        if torch.is_autocast_enabled(device):
+            raise ValueError(
+                "autocast: expected none around a cache, whose keys and values have the precision of the weights; cast "
+                "the ranker itself, ranker.to(torch.bfloat16), and make the cache from that"
+            )
         if set(cache.channels) != set(self._transducers) or cache.weights != self._weights():
             raise ValueError(
                 "cache: made by another ranker, or the weights have changed since; its keys and values are stale. "

@@ -253,6 +253,34 @@ def test_training_mode_is_refused() -> None:
         scorer.score(make_sequence((5,)), make_sequence((2,)))
 
 
+def test_autocast_around_a_cache_is_refused() -> None:
+    scorer = MFalconRanker(make_ranker("plain").float(), micro_batch_size=4)
+    cache = scorer.new_cache()
+    history, candidates = make_sequence((5,)), make_sequence((2,))
+    history, candidates = (seq.with_values(seq.values.float()) for seq in (history, candidates))
+    scorer.prefill(cache, ["ann"], history)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert scorer.score(history, candidates).shape == (2, 2)
+        with pytest.raises(ValueError, match=r"^autocast: expected none around a cache"):
+            scorer.score_cached(cache, ["ann"], candidates)
+        with pytest.raises(ValueError, match=r"^autocast: "):
+            scorer.prefill(cache, ["bob"], history)
+
+
+def test_half_precision_stays_near_double() -> None:
+    """bf16: within twice the error of one full forward pass in bf16, as the budget rule of the kernels has it."""
+    for kind in ("plain", "truncated-semi-local-tail"):
+        double = make_ranker(kind)
+        histories, candidates = make_sequence((20, 5)), make_candidates((7, 4))
+        truth = full_scores(double, histories, candidates)
+        half = double.to(torch.bfloat16)
+        histories, candidates = (s.with_values(s.values.to(torch.bfloat16)) for s in (histories, candidates))
+        plain = full_scores(half, histories, candidates)
+        got = MFalconRanker(half, micro_batch_size=4).score(histories, candidates)
+        budget = 2 * float((plain.double() - truth).abs().max()) + torch.finfo(torch.bfloat16).eps
+        assert float((got.double() - truth).abs().max()) <= budget
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.5, True])
 def test_micro_batch_size_is_checked(size: Any) -> None:
     with pytest.raises(ValueError, match=r"^micro_batch_size: expected an int >= 1"):
