@@ -74,6 +74,26 @@ def test_a_window_alone_scores_as_in_a_batch(make: Make) -> None:
     assert torch.allclose(model(alone), model(batch)[6:], rtol=1e-10, atol=1e-10)
 
 
+def test_dlrm_reads_every_field_and_every_pair_of_them() -> None:
+    model, batch = build(dlrm), make_batch(FEATURES)
+    assert isinstance(model, DLRM)
+    seen: list[torch.Tensor] = []
+    model.head.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    model(batch)
+    embedding, history, row = model.embedding, batch.history, 5  # a candidate of the window without history
+    assert history.layout.seq_lengths[1] == 0
+    fields = [torch.zeros(8, dtype=torch.float64)]
+    fields += [table.weight[batch.users[1, k]] for k, table in enumerate(embedding.users)]
+    fields += [embedding.series[0].weight[0]]
+    fields += [table.weight[batch.candidates.items[row, k]] for k, table in enumerate(embedding.items)]
+    products = [a @ b for i, a in enumerate(fields) for b in fields[i + 1 :]]
+    assert torch.allclose(seen[0][row], torch.cat([*fields, torch.stack(products)]))
+    # A window with history: the mean of its events, and the latest value of the series.
+    events = embedding.item_vectors(history) + embedding.actions(history)
+    assert torch.allclose(seen[0][0, :8], events[:6].mean(0))
+    assert torch.equal(seen[0][0, 24:32], embedding.series[0].weight[history.series[5, 0]])
+
+
 @both
 def test_training_fits_the_labels(make: Make) -> None:
     torch.manual_seed(0)

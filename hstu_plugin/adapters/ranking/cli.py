@@ -98,7 +98,7 @@ def train(
             **options,
         )
         records = launch.execute(request, lambda line: console.print(line, highlight=False, soft_wrap=True))
-        console.print(report.comparison_table(report.compare(records)))
+        console.print(report.comparison_tables(report.compare(records)))
     console.print(f"Files: {request.output_dir}/", highlight=False, soft_wrap=True)
 
 
@@ -150,7 +150,7 @@ def report_command(runs: Sequence[Path], markdown: bool, record: Path | None, cu
         if markdown:
             click.echo(report.comparison_markdown(comparison))
         else:
-            _console().print(report.comparison_table(comparison))
+            _console().print(report.comparison_tables(comparison))
 
 
 def _console() -> Console:

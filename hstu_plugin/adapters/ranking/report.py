@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from hstu_plugin._versions import runtime_versions, source_commit
@@ -114,20 +115,30 @@ def compare(records: Iterable[Record]) -> Record:
     }
 
 
-def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """Test metrics of all models, task by task, for a terminal."""
-    table = Table(title=f"{comparison['dataset']}: test", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    header, rows = _cells(comparison)
-    for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place < 2 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def comparison_tables(comparison: Mapping[str, Any]) -> Group:
+    """Test metrics of all models, a table for each task, for a terminal."""
+    header, rows = _cells(comparison, ("auc", "gauc", "ne", "rmse", "mae"))
+    tables = []
+    for task in dict.fromkeys(row[0] for row in rows):
+        title = f"{comparison['dataset']}, {task}: test"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        own = [row[1:] for row in rows if row[0] == task]
+        # Metrics of the other kind of task stay out.
+        kept = [place for place in range(len(own[0])) if any(row[place] != "-" for row in own)]
+        for place in kept:
+            table.add_column(header[1 + place], justify="right" if place else "left", no_wrap=True)
+        for row in own:
+            table.add_row(*(row[place] for place in kept))
+        tables.append(table)
+    return Group(*tables)
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """The same for a README, with protocol, machines and versions."""
-    header, rows = _cells(comparison)
+    header, rows = _cells(comparison, tuple(SHOWN))
+    header.append("parameters")
+    for row in rows:
+        row.append(f"{comparison['models'][row[1]]['parameters']:,}")
     lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     protocol = ", ".join(f"{key} {value}" for key, value in comparison["protocol"].items())
@@ -135,7 +146,8 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     machines = sorted({", ".join(run["machine"]["gpus"]) or run["machine"]["cpu"] for run in runs})
     versions = {key: comparison["versions"].get(key) for key in ("python", "torch")}
     known = ", ".join(f"{key} {value}" for key, value in versions.items() if value)
-    commits = ", ".join(commit[:12] for commit in comparison["commits"])
+    # Twelve digits name a commit well enough; "-dirty" is left out of the sentence, not of the record.
+    commits = ", ".join(dict.fromkeys(commit[:12] for commit in comparison["commits"]))
     lines += ["", f"Protocol: {protocol}. {'; '.join(machines)}; {known}{'; commit ' + commits if commits else ''}."]
     return "\n".join(lines) + "\n"
 
@@ -195,16 +207,16 @@ def _group(runs: Sequence[Record]) -> Record:
     }
 
 
-def _cells(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _cells(comparison: Mapping[str, Any], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     models = comparison["models"]
-    found = {name for group in models.values() for metrics in group["test"].values() for name in metrics}
-    names = [name for name in SHOWN if name in found]
+    found = {name for group in models.values() for own in group["test"].values() for name in own}
+    names = [name for name in metrics if name in found]
     rows = []
     for task in next(iter(models.values()))["test"]:
         for label, group in models.items():
             cells = [_spread(group["test"][task].get(name)) for name in names]
-            rows.append([task, label, str(len(group["seeds"])), *cells, f"{group['parameters']:,}"])
-    return ["task", "model", "seeds", *(SHOWN[name] for name in names), "parameters"], rows
+            rows.append([task, label, str(len(group["seeds"])), *cells])
+    return ["task", "model", "seeds", *(SHOWN[name] for name in names)], rows
 
 
 def _spread(value: Mapping[str, float] | None) -> str:
