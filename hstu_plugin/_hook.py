@@ -16,7 +16,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # Class names in hstu_plugin.adapters.recbole.model; RecBole asks for the module of the lower-case name.
-MODELS = ("HSTU",)
+MODELS = ("HSTU", "ULTRAHSTU")
+# Further names of these; a class cannot be called so.
+ALIASES = {"ULTRA-HSTU": "ULTRAHSTU"}
 # Models that take RecBole's own trainer, data set and defaults, with the modules that they live in.
 OTHERS = {"PopularitySequential": "hstu_plugin.adapters.recbole.popularity"}
 
@@ -31,7 +33,7 @@ class ModelFinder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname.startswith(_HOME):
-            for name in (*MODELS, *OTHERS):
+            for name in (*MODELS, *ALIASES, *OTHERS):
                 if fullname == _HOME + name.lower():
                     return ModuleSpec(fullname, _ModelLoader(name), origin="hstu_plugin")
         return None
@@ -48,7 +50,8 @@ class _ModelLoader(Loader):
         if self.name in OTHERS:
             found = getattr(importlib.import_module(OTHERS[self.name]), self.name)
         else:
-            found = importlib.import_module("hstu_plugin.adapters.recbole.register").register()[self.name]
+            models = importlib.import_module("hstu_plugin.adapters.recbole.register").register()
+            found = models[ALIASES.get(self.name, self.name)]
         setattr(module, self.name, found)
 
 

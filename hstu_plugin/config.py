@@ -35,6 +35,19 @@ class RowTime(StrEnum):
     EVENT = "event"
 
 
+class Recompute(StrEnum):
+    """What a layer rebuilds in the backward instead of storing it (ULTRA-HSTU, selective rematerialisation).
+
+    ``INPUT_NORM``: the normed input of the projection. ``UVQK``: the projection's output before and after SiLU, with
+    U, V, Q and K, which are parts of it. ``GATED_OUTPUT``: normed attention, gate, dropout and the input of ``W_o``.
+    The layer's input and the attention's output stay stored: attention itself never runs again.
+    """
+
+    INPUT_NORM = "input_norm"
+    UVQK = "uvqk"
+    GATED_OUTPUT = "gated_output"
+
+
 class Similarity(StrEnum):
     """Score of a user vector and an item vector: plain dot product, or cosine of both."""
 
@@ -112,6 +125,10 @@ class HSTUConfig:
         row_time: from which time a row measures.
         position_embedding: learned absolute positions added to the input.
         mask: attention structure.
+        truncate_after_layers: ``N1``, the layers that see the whole sequence; those behind them see the contextual
+            rows, the latest ``truncate_to`` history rows and the targets (attention truncation of ULTRA-HSTU). 0: none.
+        truncate_to: ``L'``, history rows (contextual ones not counted) that go on; 0 without truncation.
+        recompute: what a layer rebuilds in the backward to save memory; names of `Recompute`.
         norm_eps: of the layer norms.
         backend: of the operators.
     """
@@ -132,6 +149,9 @@ class HSTUConfig:
     row_time: RowTime = RowTime.REQUEST
     position_embedding: bool = True
     mask: AttentionMask = field(default_factory=AttentionMask)
+    truncate_after_layers: int = 0
+    truncate_to: int = 0
+    recompute: tuple[Recompute, ...] = ()
     norm_eps: float = 1e-6
     backend: Backend = Backend.AUTO
 
@@ -165,6 +185,33 @@ class HSTUConfig:
         for name in ("position_bias", "time_bias", "position_embedding"):
             _expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         _expect(isinstance(self.mask, AttentionMask), "mask", "an AttentionMask", self.mask)
+        self._check_truncation()
+        names = self.recompute
+        _expect(isinstance(names, list | tuple), "recompute", f"a list of {', '.join(Recompute)}", names)
+        chosen = {_enum(Recompute, "recompute", name) for name in names}
+        _set(self, "recompute", tuple(name for name in Recompute if name in chosen))
+
+    def _check_truncation(self) -> None:
+        for name in ("truncate_after_layers", "truncate_to"):
+            _checked_int(name, getattr(self, name), 0)
+        after, kept = self.truncate_after_layers, self.truncate_to
+        _expect(
+            after < self.num_layers,
+            "truncate_after_layers",
+            f"a number below num_layers ({self.num_layers}), so that a layer is left behind it",
+            after,
+        )
+        _expect(
+            (after > 0) == (kept > 0),
+            "truncate_to",
+            "a number of history rows > 0 together with truncate_after_layers > 0, or 0 for both",
+            kept,
+        )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether layers behind ``truncate_after_layers`` see the latest history rows only."""
+        return self.truncate_after_layers > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,12 +25,19 @@ class SequenceEmbedding(nn.Module):
             self.positions = nn.Embedding(config.max_seq_len + 1, config.embedding_dim)
             nn.init.trunc_normal_(self.positions.weight, std=config.embedding_dim**-0.5)
 
-    def forward(self, seq: JaggedSequence) -> JaggedSequence:
-        """``values [L, D]`` of item (and action) vectors to tokens of the same shape."""
+    def forward(self, seq: JaggedSequence, places: Tensor | None = None) -> JaggedSequence:
+        """``values [L, D]`` of item (and action) vectors to tokens of the same shape.
+
+        Args:
+            seq: the vectors.
+            places: ``[L]`` int64 positions, where they are not those of ``seq.layout``: of targets or new events that
+                continue a cached history.
+        """
         x: Tensor = seq.values * self.config.embedding_dim**0.5
         if self.positions is not None:
-            places = seq.layout.positions(x.shape[0]).clamp(max=self.config.max_seq_len)
-            x = x + self.positions(places)
+            if places is None:
+                places = seq.layout.positions(x.shape[0])
+            x = x + self.positions(places.clamp(max=self.config.max_seq_len))
         return seq.with_values(F.dropout(x, self.config.dropout, self.training))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,11 +16,13 @@ from hstu_kernels import (
     RelativeBias,
     gated_linear,
     hstu_attention,
+    hstu_extend_attention,
     hstu_target_attention,
     norm_linear_silu,
 )
 from hstu_kernels.gated_norm.api import resolved_backend
-from hstu_plugin.config import HSTUConfig, Variant
+from hstu_plugin.config import HSTUConfig, Recompute, Variant
+from hstu_plugin.recompute import Autocast, Rebuilder, rerun, unchanged
 
 _INIT_STD = 0.02
 
@@ -71,7 +75,21 @@ class HSTULayer(nn.Module):
         plan: AttentionPlan | None = None,
     ) -> Tensor:
         """``[L, D] -> [L, D]`` over ``[contextual | history | targets]``; times are ``[L]`` int64 seconds."""
-        return self.prefill(x, layout, timestamps, row_timestamps, plan)[0]
+        bias = self.bias(timestamps, row_timestamps)
+        # A compiler decides by itself what to store, and cannot trace the hooks.
+        if not self.config.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            u, v, q, k = self._project(x)
+            return self._gate(x, u, self._attend(q, k, v, layout, bias, plan))
+        rebuilder = Rebuilder()
+        with rebuilder.watching():
+            u, v, q, k = self._project_and_drop(x, rebuilder)
+            attended = self._attend(q, k, v, layout, bias, plan)
+            if Recompute.GATED_OUTPUT not in self.config.recompute or self._fused(x):
+                return self._gate(x, u, attended)
+            norm, output = self.output_norm, self.output
+            weights = (norm.weight, norm.bias, output.weight, output.bias)
+            random = self.training and self.config.dropout > 0
+            return x + rerun(self._gated_output, u, attended, *weights, random=random)
 
     def prefill(
         self,
@@ -81,20 +99,9 @@ class HSTULayer(nn.Module):
         row_timestamps: Tensor | None,
         plan: AttentionPlan | None = None,
     ) -> tuple[Tensor, LayerKV]:
-        """As `forward`, and the keys and values of all rows for later `decode` calls."""
+        """As `forward`, and the keys and values of all rows for later `decode` calls; stores what autograd stores."""
         u, v, q, k = self._project(x)
-        attended = hstu_attention(
-            q,
-            k,
-            v,
-            layout,
-            self.config.mask,
-            alpha=self.config.alpha,
-            scale=self.config.attn_scale,
-            bias=self.bias(timestamps, row_timestamps),
-            backend=self.config.backend,
-            plan=plan,
-        )
+        attended = self._attend(q, k, v, layout, self.bias(timestamps, row_timestamps), plan)
         return self._gate(x, u, attended), LayerKV(k, v, layout, timestamps)
 
     def decode(self, x: Tensor, layout: JaggedLayout, request_timestamps: Tensor | None, cache: LayerKV) -> Tensor:
@@ -114,55 +121,171 @@ class HSTULayer(nn.Module):
         )
         return self._gate(x, u, attended)
 
+    def extend(
+        self,
+        x: Tensor,
+        layout: JaggedLayout,
+        timestamps: Tensor | None,
+        row_timestamps: Tensor | None,
+        cache: LayerKV,
+    ) -> tuple[Tensor, LayerKV]:
+        """Rows ``[R, D]`` that continue the cached histories; equals the last rows of `prefill` over both.
+
+        ``config.backend`` has no say here: there is one implementation, in plain PyTorch.
+
+        Returns:
+            their outputs, and the keys and values of these rows alone.
+        """
+        u, v, q, k = self._project(x)
+        attended = hstu_extend_attention(
+            q,
+            k,
+            v,
+            cache,
+            layout,
+            self.config.mask,
+            alpha=self.config.alpha,
+            scale=self.config.attn_scale,
+            bias=self.bias(timestamps, row_timestamps),
+        )
+        return self._gate(x, u, attended), LayerKV(k, v, layout, timestamps)
+
+    def through(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """``[R, D] -> [R, D]`` with the caller's attention: ``attend(q, k, v)`` gives ``[R, H, Dv]``."""
+        u, v, q, k = self._project(x)
+        return self._gate(x, u, attend(q, k, v))
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: JaggedLayout,
+        bias: RelativeBias | None,
+        plan: AttentionPlan | None,
+    ) -> Tensor:
+        config = self.config
+        return hstu_attention(
+            q,
+            k,
+            v,
+            layout,
+            config.mask,
+            alpha=config.alpha,
+            scale=config.attn_scale,
+            bias=bias,
+            backend=config.backend,
+            plan=plan,
+        )
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``u [L, H * Dv]``, ``v [L, H, Dv]``, ``q, k [L, H, Dqk]``."""
-        config = self.config
-        heads, qk, uv = config.num_heads, config.attention_dim, config.linear_dim
         if self._fused(x):
-            activated = heads * uv if config.variant is Variant.PRODUCTION else self.uvqk.out_features
-            norm = (self.input_norm.weight, self.input_norm.bias)
-            mixed = norm_linear_silu(
-                x,
-                *norm,
-                self.uvqk.weight,
-                self.uvqk.bias,
-                eps=config.norm_eps,
-                activated=activated,
-                backend=config.backend,
-            )
-        else:
-            mixed = self._activate(self.uvqk(self.input_norm(x)))
-        ends = [heads * uv, 2 * heads * uv, heads * (2 * uv + qk)]
-        u, v, q, k = mixed.tensor_split(ends, dim=-1)
-        return u, v.reshape(-1, heads, uv), q.reshape(-1, heads, qk), k.reshape(-1, heads, qk)
+            return self._split(self._fused_projection(x))
+        return self._split(self._activate(self.uvqk(self.input_norm(x))))
 
     def _fused(self, x: Tensor) -> bool:
         """Whether norms, SiLU and gate run in kernels of their own; otherwise they are PyTorch's."""
         return resolved_backend(x, self.config.backend) is Backend.TRITON
 
+    def _fused_projection(self, x: Tensor) -> Tensor:
+        config = self.config
+        production = config.variant is Variant.PRODUCTION
+        return norm_linear_silu(
+            x,
+            self.input_norm.weight,
+            self.input_norm.bias,
+            self.uvqk.weight,
+            self.uvqk.bias,
+            eps=config.norm_eps,
+            activated=config.num_heads * config.linear_dim if production else self.uvqk.out_features,
+            store_normed=Recompute.INPUT_NORM not in config.recompute,
+            store_mixed=Recompute.UVQK not in config.recompute,
+            backend=config.backend,
+        )
+
+    def _project_and_drop(self, x: Tensor, rebuilder: Rebuilder) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_project`, with recipes for what the config does not want stored."""
+        autocast, chosen = Autocast.current(x.device.type), self.config.recompute
+        source = unchanged(x)
+        if self._fused(x):
+            # The kernels keep neither the normed rows nor the product; left are U, V, Q and K for what follows.
+            activated = self._fused_projection(x)
+            if Recompute.UVQK in chosen:
+
+                def activated_again() -> Tensor:
+                    with autocast.again():
+                        return self._fused_projection(source())
+
+                rebuilder.drop(activated, activated_again)
+            return self._split(activated)
+        normed = autocast.cast(self.input_norm(x))
+
+        def normed_again() -> Tensor:
+            with autocast.again():
+                return autocast.cast(self.input_norm(source()))
+
+        drop = Recompute.INPUT_NORM in chosen
+        get_normed = rebuilder.drop(normed, normed_again) if drop else unchanged(normed)
+        mixed: Tensor = self.uvqk(normed)
+        rebuilder.close(normed)
+        if Recompute.UVQK not in chosen:
+            return self._split(self._activate(mixed))
+
+        def mixed_again() -> Tensor:
+            with autocast.again():
+                again: Tensor = self.uvqk(get_normed())
+                return again
+
+        get_mixed = rebuilder.drop(mixed, mixed_again)
+        activated = self._activate(mixed)
+        rebuilder.close(mixed)
+        rebuilder.drop(activated, lambda: self._activate(get_mixed()))
+        return self._split(activated)
+
     def _activate(self, mixed: Tensor) -> Tensor:
-        if self.config.variant is not Variant.PRODUCTION:
-            return F.silu(mixed)
-        gate, rest = mixed.tensor_split([self.config.num_heads * self.config.linear_dim], dim=-1)
-        return torch.cat([F.silu(gate), rest], dim=-1)
+        if self.config.variant is Variant.PRODUCTION:
+            gate, rest = mixed.tensor_split([self.config.num_heads * self.config.linear_dim], dim=-1)
+            return torch.cat([F.silu(gate), rest], dim=-1)
+        return F.silu(mixed)
+
+    def _split(self, activated: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        heads, qk, uv = self.config.num_heads, self.config.attention_dim, self.config.linear_dim
+        ends = [heads * uv, 2 * heads * uv, heads * (2 * uv + qk)]
+        u, v, q, k = activated.tensor_split(ends, dim=-1)
+        return u, v.reshape(-1, heads, uv), q.reshape(-1, heads, qk), k.reshape(-1, heads, qk)
 
     def _gate(self, x: Tensor, u: Tensor, attended: Tensor) -> Tensor:
+        norm, output = self.output_norm, self.output
+        return x + self._gated_output(u, attended, norm.weight, norm.bias, output.weight, output.bias)
+
+    def _gated_output(
+        self,
+        u: Tensor,
+        attended: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        output_weight: Tensor,
+        output_bias: Tensor,
+    ) -> Tensor:
+        """``dropout(Norm(A) * U) W_o + b_o``; the weights are arguments so that it can run again in a backward."""
         attended = attended.reshape(u.shape)
         if self._fused(attended):
-            return x + gated_linear(
+            return gated_linear(
                 attended,
                 u,
-                self.output_norm.weight,
-                self.output_norm.bias,
-                self.output.weight,
-                self.output.bias,
+                norm_weight,
+                norm_bias,
+                output_weight,
+                output_bias,
                 eps=self.config.norm_eps,
                 dropout=self.config.dropout if self.training else 0.0,
                 concat=self.config.variant is Variant.PRODUCTION,
+                store_gated=Recompute.GATED_OUTPUT not in self.config.recompute,
                 backend=self.config.backend,
             )
-        y = self.output_norm(attended) * u
+        norm = self.output_norm
+        y = F.layer_norm(attended, norm.normalized_shape, norm_weight, norm_bias, norm.eps) * u
         if self.config.variant is Variant.PRODUCTION:
             y = torch.cat([u, attended, y], dim=-1)
-        out: Tensor = x + self.output(F.dropout(y, self.config.dropout, self.training))
-        return out
+        return F.linear(F.dropout(y, self.config.dropout, self.training), output_weight, output_bias)

@@ -27,7 +27,7 @@ class HSTURetrieval(nn.Module):
         self.encoder = HSTUEncoder(config)
 
     def encode(self, seq: JaggedSequence, request_timestamps: Tensor | None = None) -> JaggedSequence:
-        """Item vectors ``[L, D]`` to contextualised rows ``[L, D]``."""
+        """Item vectors ``[L, D]`` to contextualised rows ``[L, D]``; with truncation only the latest."""
         rows: JaggedSequence = self.encoder(self.embedding(seq), request_timestamps)
         return rows
 
@@ -69,6 +69,9 @@ class HSTURetrieval(nn.Module):
     ) -> Tensor:
         """Mean next-item loss over all positions (generative training, HSTU section 2.2).
 
+        With truncation a row that the later layers drop has no output and predicts nothing: the loss is the mean over
+        the rows that are left, the latest ``truncate_to`` of each history (and the contextual ones).
+
         Args:
             seq: histories of item vectors ``[L, D]``.
             positives: ``[L]`` int64, the item that follows each row; 0 where there is none.
@@ -88,5 +91,7 @@ class HSTURetrieval(nn.Module):
         if positives.shape != seq.values.shape[:1]:
             raise ValueError(f"positives: expected [{seq.values.shape[0]}], got {tuple(positives.shape)}")
         rows = self.encode(seq, request_timestamps).values
+        if self.config.truncates:
+            positives = positives[self.encoder.output_rows(seq)]
         asked = positives != 0
         return next_item_loss(rows[asked], positives[asked], items, self.retrieval, generator=generator)

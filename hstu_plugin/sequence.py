@@ -88,14 +88,11 @@ class JaggedSequence:
         """Contextual rows, the latest ``max_history`` history rows and all targets (truncation of ULTRA-HSTU)."""
         if max_history < 0:
             raise ValueError(f"max_history: expected a number >= 0, got {max_history}")
-        layout, total = self.layout, self.values.shape[0]
-        rows = layout.row_indices(total)
-        ends = layout.history_ends(total)
-        kept = (rows >= ends - max_history) | (rows < layout.contextual_seq_len)
+        layout = self.layout
         events = (layout.history_lengths - layout.contextual_seq_len).clamp(min=0)
         lengths = layout.seq_lengths - (events - max_history).clamp(min=0)
         return self._select(
-            kept,
+            self.recent_rows(max_history),
             JaggedLayout.from_lengths(
                 lengths,
                 max_seq_len=layout.max_seq_len,
@@ -103,6 +100,12 @@ class JaggedSequence:
                 contextual_seq_len=layout.contextual_seq_len,
             ),
         )
+
+    def recent_rows(self, max_history: int) -> Tensor:
+        """``[L]`` bool: the rows that `keep_recent` keeps."""
+        layout, total = self.layout, self.values.shape[0]
+        rows = layout.row_indices(total)
+        return (rows >= layout.history_ends(total) - max_history) | (rows < layout.contextual_seq_len)
 
     def last_history_rows(self) -> Tensor:
         """``[B]`` int64: the row of each user's latest event. Sequences must have a history."""

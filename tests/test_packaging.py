@@ -43,7 +43,7 @@ def _packages() -> set[str]:
 
 
 def test_extras() -> None:
-    assert {"recbole", "torchrec", "torchrec-cpu", "torchx", "dev", "all"} == EXTRAS.keys()
+    assert {"recbole", "ranking", "torchrec", "torchrec-cpu", "torchx", "dev", "all"} == EXTRAS.keys()
     assert not any(
         "ray" in re.match(r"[\w-]+", r)[0].split("-") for requirements in EXTRAS.values() for r in requirements
     )
@@ -51,9 +51,14 @@ def test_extras() -> None:
 
 def test_every_package_is_found() -> None:
     packages = _packages()
-    assert {"hstu_plugin", "hstu_kernels", "recbole_configs"} <= packages
+    assert {"hstu_plugin", "hstu_kernels", "recbole_configs", "ranking_configs"} <= packages
     # A folder of modules without __init__.py would be left out of the wheel in silence.
-    for root, top in (("", "hstu_plugin"), ("kernels", "hstu_kernels"), ("", "recbole_configs")):
+    for root, top in (
+        ("", "hstu_plugin"),
+        ("kernels", "hstu_kernels"),
+        ("", "recbole_configs"),
+        ("", "ranking_configs"),
+    ):
         folders = {path.parent for path in (ROOT / root / top).rglob("*.py")}
         names = {".".join(folder.relative_to(ROOT / root).parts) for folder in folders}
         assert names <= packages
@@ -109,7 +114,7 @@ def test_constraints_extras_and_shim_name_the_tested_row() -> None:
 def test_what_is_built_holds_the_code_and_no_data(tmp_path: Path) -> None:
     tree, out = tmp_path / "tree", tmp_path / "out"
     out.mkdir()
-    for name in ("hstu_plugin", "kernels", "recbole_configs"):
+    for name in ("hstu_plugin", "kernels", "recbole_configs", "ranking_configs"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
@@ -125,7 +130,12 @@ def test_what_is_built_holds_the_code_and_no_data(tmp_path: Path) -> None:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     assert not [name for name in in_wheel | in_sdist if name.endswith(".inter")]
     assert {"LICENSE", "NOTICE", "kernels/hstu_kernels/__init__.py"} <= in_sdist
-    for root, top in (("", "hstu_plugin"), ("kernels", "hstu_kernels"), ("", "recbole_configs")):
+    for root, top in (
+        ("", "hstu_plugin"),
+        ("kernels", "hstu_kernels"),
+        ("", "recbole_configs"),
+        ("", "ranking_configs"),
+    ):
         wanted = {path for pattern in ("*.py", "*.yaml", "py.typed") for path in (ROOT / root / top).rglob(pattern)}
         assert {path.relative_to(ROOT / root).as_posix() for path in wanted} <= in_wheel
 

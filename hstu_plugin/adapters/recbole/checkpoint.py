@@ -11,13 +11,14 @@ import importlib
 import os
 import pickle
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hstu_plugin.records import write_checkpoint as write_checkpoint
 
 FORMAT = 1
 # Enumerations in a RecBole configuration, kept by the names of their members.
@@ -93,27 +94,6 @@ def restore_config(values: dict[str, Any]) -> Any:
 def allow_checkpoints() -> None:
     """Let ``torch.load`` with ``weights_only=True``, its default, read our files; for the whole process."""
     torch.serialization.add_safe_globals([restore_config])
-
-
-def write_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write ``state`` so that ``path`` is at any time the old file or the new one, also when the machine stops."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
+from hstu_plugin.adapters.recbole.actions import UNKNOWN, find_action_field
 from hstu_plugin.adapters.recbole.options import DataOptions, TimestampUnit, TrainExamples, TrainWindows, data_options
 
 Indices = NDArray[np.int64]
@@ -36,6 +37,8 @@ class ExactTimeDataset(SequentialDataset):  # type: ignore[misc]
 
     # A DataFrame while RecBole reads and filters, its Interaction from then on.
     inter_feat: Any
+    # Column of the events' actions, once the file's header is known.
+    action_field: str | None = None
 
     def __init__(self, config: Any) -> None:
         self.options = self._options(config)
@@ -67,13 +70,25 @@ class ExactTimeDataset(SequentialDataset):  # type: ignore[misc]
                     raise
         super()._load_data(token, dataset_path)
 
+    def _get_load_and_unload_col(self, source: Any) -> tuple[set[str] | None, set[str] | None]:
+        load, unload = super()._get_load_and_unload_col(source)
+        # RecBole's default loads no rating.
+        if load and self.action_field is not None and getattr(source, "value", source) == "inter":
+            load = {*load, self.action_field}
+        return load, unload
+
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
         path = os.path.join(dataset_path, f"{token}.inter")
+        parts = self.benchmark_filename_list
+        first = path if parts is None else os.path.join(dataset_path, f"{token}.{parts[0]}.inter")
+        self.action_field = find_action_field(self.config, first)
         if self.benchmark_filename_list is None:
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"data set {token!r}: expected the file {path!r}; `hstu-data` makes such files")
             self._check_header(path)
         super()._load_inter_feat(token, dataset_path)
+        if self.action_field is not None and self.inter_feat is not None:
+            self.inter_feat[self.action_field] = self.inter_feat[self.action_field].fillna(UNKNOWN)
         self._loaded_rows = 0 if self.inter_feat is None else len(self.inter_feat)
         self._check_times(path)
 
@@ -151,11 +166,14 @@ class ExactTimeDataset(SequentialDataset):  # type: ignore[misc]
         super()._reset_index()
 
     def _normalize(self) -> None:
-        time = self.time_field
-        raw = self.inter_feat[time].copy() if time is not None and time in self.inter_feat else None
+        exact = [name for name in (self.time_field, self.action_field) if name is not None and name in self.inter_feat]
+        raw = {name: self.inter_feat[name].copy() for name in exact}
+        if self.action_field in raw:
+            # RecBole would compute with the stand-in for missing values.
+            self.inter_feat[self.action_field] = 0.0
         super()._normalize()
-        if raw is not None:
-            self.inter_feat[time] = raw
+        for name, values in raw.items():
+            self.inter_feat[name] = values
 
     def _dataframe_to_interaction(self, data: pd.DataFrame) -> Any:
         interaction = super()._dataframe_to_interaction(data)

@@ -7,7 +7,16 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
-from hstu_plugin.adapters.recbole.options import TrainExamples, data_options, hstu_config, retrieval_config, run_options
+from hstu_plugin.adapters.recbole.actions import ActionEmbedding, training_values
+from hstu_plugin.adapters.recbole.dataset import ExactTimeDataset
+from hstu_plugin.adapters.recbole.options import (
+    TrainExamples,
+    data_options,
+    hstu_config,
+    retrieval_config,
+    run_options,
+    stochastic_length_config,
+)
 from hstu_plugin.adapters.recbole.register import refuse_multi_gpu
 from hstu_plugin.config import RowTime
 from hstu_plugin.embedding import init_item_table
@@ -15,13 +24,14 @@ from hstu_plugin.losses import normalise
 from hstu_plugin.quantized_embedding import QuantizedEmbedding
 from hstu_plugin.retrieval import HSTURetrieval
 from hstu_plugin.sequence import JaggedSequence
+from hstu_plugin.ultra.stochastic_length import stochastic_length
 
 
 class HSTU(SequentialRecommender):  # type: ignore[misc]
     """Next-item recommender; keys and defaults: `hstu_plugin.adapters.recbole.options`.
 
     Batches carry ``item_id_list [B, N]`` and ``timestamp_list [B, N]`` (int64 seconds, right-padded with 0),
-    ``item_length [B]``, and the target's ``item_id [B]`` and ``timestamp [B]``.
+    ``item_length [B]``, and the target's ``item_id [B]`` and ``timestamp [B]``; with actions, ``rating_list [B, N]``.
     """
 
     input_type = InputType.POINTWISE
@@ -40,31 +50,42 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
                 "TIME_FIELD: HSTU measures time between events (time_bias), but the config names no time column; name "
                 "it, or set `time_bias: False` to work with positions only"
             )
+<<<<<<< HEAD
         self.time_list_field = f"{self.time_field}{config['LIST_SUFFIX']}"
         self.item_embedding: nn.Embedding | QuantizedEmbedding = nn.Embedding(
             self.n_items, self.hstu_config.embedding_dim, padding_idx=0
         )
+=======
+        self.list_suffix = config["LIST_SUFFIX"]
+        self.time_list_field = f"{self.time_field}{self.list_suffix}"
+        self.item_embedding = nn.Embedding(self.n_items, self.hstu_config.embedding_dim, padding_idx=0)
+>>>>>>> ultra
         init_item_table(self.item_embedding.weight)
+        self.stochastic_length = stochastic_length_config(values)
+        self.action_embedding: ActionEmbedding | None = None
+        self.action_field = dataset.action_field if isinstance(dataset, ExactTimeDataset) else None
+        if self.action_field is not None:
+            actions = training_values(dataset, self.action_field)
+            levels = data_options(values).action_levels
+            self.action_embedding = ActionEmbedding(actions, levels, self.hstu_config.embedding_dim)
         self.retrieval = HSTURetrieval(self.hstu_config, self.retrieval_config)
 
     def forward(self, interaction) -> Tensor:  # type: ignore[no-untyped-def]
         """User vectors ``[B, D]`` after the histories of a batch."""
-        seq = self._sequence(interaction, interaction[self.ITEM_SEQ])
-        users: Tensor = self.retrieval(seq.with_values(self.item_embedding(seq.values)), self._request(interaction))
+        seq = self._sequence(interaction)
+        users: Tensor = self.retrieval(seq.with_values(self._vectors(seq.values)), self._request(interaction))
         return users
 
     def calculate_loss(self, interaction) -> Tensor:  # type: ignore[no-untyped-def]
         """Mean loss over all positions of the batch, or over the last ones with ``train_examples: prefix``."""
-        items, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
-        last = (lengths - 1)[:, None]
-        following = torch.zeros_like(items)
-        if self.all_positions:
-            following[:, :-1] = items[:, 1:]
-        following = following.scatter(1, last, interaction[self.POS_ITEM_ID][:, None])
-        seq = self._sequence(interaction, torch.stack([items, following], dim=-1))
-        ids, positives = seq.values.unbind(-1)
+        seq = self._sequence(interaction)
+        if self.stochastic_length is not None and self.training:
+            seq = stochastic_length(seq, self.stochastic_length)
+        ids, last = seq.values[:, 0], seq.last_history_rows()
+        following = ids.roll(-1) if self.all_positions else torch.zeros_like(ids)
+        positives = following.index_copy(0, last, interaction[self.POS_ITEM_ID])
         return self.retrieval.loss(
-            seq.with_values(self.item_embedding(ids)),
+            seq.with_values(self._vectors(seq.values)),
             positives,
             self.item_embedding.weight,
             request_timestamps=self._request(interaction),
@@ -90,9 +111,19 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
             scores = scores.scatter(1, interaction[self.ITEM_SEQ], -torch.inf)
         return scores
 
-    def _sequence(self, interaction, values: Tensor) -> JaggedSequence:  # type: ignore[no-untyped-def]
+    def _sequence(self, interaction) -> JaggedSequence:  # type: ignore[no-untyped-def]
+        """Ids of the histories, ``[L, 1]`` items or ``[L, 2]`` items and levels of actions."""
+        columns = [interaction[self.ITEM_SEQ]]
+        if self.action_embedding is not None:
+            numbers = interaction[f"{self.action_field}{self.list_suffix}"]
+            columns.append(self.action_embedding.levels(numbers))
         times = None if self.time_field is None else interaction[self.time_list_field]
-        return JaggedSequence.from_padded(values, interaction[self.ITEM_SEQ_LEN], times)
+        return JaggedSequence.from_padded(torch.stack(columns, dim=-1), interaction[self.ITEM_SEQ_LEN], times)
+
+    def _vectors(self, ids: Tensor) -> Tensor:
+        """``[L, D]``: item, plus action where there is one."""
+        vectors: Tensor = self.item_embedding(ids[:, 0])
+        return vectors if self.action_embedding is None else vectors + self.action_embedding(ids[:, 1])
 
     def _request(self, interaction) -> Tensor | None:  # type: ignore[no-untyped-def]
         """``[B]`` int64 time of the target event, where rows measure from the request."""
@@ -100,3 +131,7 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
             return None
         times: Tensor = interaction[self.time_field]
         return times
+
+
+class ULTRAHSTU(HSTU):
+    """HSTU with the defaults of ULTRA-HSTU, ``recbole_configs/ultra_hstu.yaml``; also called ``ULTRA-HSTU``."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from hstu_kernels import AttentionMask
 from hstu_plugin.adapters.recbole.schedule import LearningRateSchedule
 from hstu_plugin.config import HSTUConfig, LossType, RetrievalConfig
+from hstu_plugin.ultra.stochastic_length import StochasticLengthConfig
 
 C = TypeVar("C")
 
@@ -31,6 +32,9 @@ ENCODER_KEYS: Mapping[str, str] = {
     "num_time_buckets": "num_time_buckets",
     "row_time": "row_time",
     "position_embedding": "position_embedding",
+    "truncate_after_layers": "truncate_after_layers",
+    "truncate_to": "truncate_to",
+    "recompute": "recompute",
     "layer_norm_eps": "norm_eps",
     "backend": "backend",
 }
@@ -48,6 +52,12 @@ RETRIEVAL_KEYS: Mapping[str, str] = {
     "num_negatives": "num_negatives",
     "negatives": "negatives",
     "logq_correction": "logq_correction",
+}
+# RecBole key -> field of StochasticLengthConfig.
+LENGTH_KEYS: Mapping[str, str] = {
+    "stochastic_length_alpha": "alpha",
+    "stochastic_length_sampling": "sampling",
+    "MAX_ITEM_LIST_LENGTH": "max_seq_len",
 }
 _LOSSES = {
     "ce": LossType.FULL_SOFTMAX,
@@ -89,11 +99,20 @@ class TimestampUnit(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """How rows are made from users' events."""
+    """How rows are made from users' events.
+
+    Attributes:
+        train_examples, train_windows, timestamp_unit: as their enumerations say.
+        action_field: numerical column with what was done at an event, part of the event's token: a name, ``auto`` for
+            RATING_FIELD where the file has it, or ``None``.
+        action_levels: vectors for it; beyond so many different numbers they are cut by quantiles.
+    """
 
     train_examples: TrainExamples = TrainExamples.GENERATIVE
     train_windows: TrainWindows = TrainWindows.LATEST
     timestamp_unit: TimestampUnit = TimestampUnit.SECONDS
+    action_field: str | None = None
+    action_levels: int = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +144,7 @@ def default_values() -> dict[str, Any]:
     values |= {key: getattr(AttentionMask(), name) for key, name in MASK_KEYS.items()}
     values |= {key: retrieval[name] for key, name in RETRIEVAL_KEYS.items()}
     values |= {f.name: f.default for cls in (DataOptions, RunOptions) for f in fields(cls)}
+    values |= {"stochastic_length_alpha": None, "stochastic_length_sampling": StochasticLengthConfig.sampling}
     values["loss_type"] = _LOSS_NAMES[RetrievalConfig.loss]
     return {key: str(value) if isinstance(value, StrEnum) else value for key, value in values.items()}
 
@@ -161,7 +181,23 @@ def data_options(values: Mapping[str, Any]) -> DataOptions:
                 chosen[key] = cls(values[key])
             except ValueError:
                 raise ValueError(f"{key}: expected one of {', '.join(cls)}, got {values[key]!r}") from None
-    return DataOptions(**chosen)
+    for key in ("action_field", "action_levels"):
+        if values.get(key) is not None:
+            chosen[key] = values[key]
+    options = DataOptions(**chosen)
+    if options.action_field is not None and not isinstance(options.action_field, str):
+        raise ValueError(f"action_field: expected the name of a column, auto or nothing, got {options.action_field!r}")
+    levels = options.action_levels
+    if not isinstance(levels, int) or isinstance(levels, bool) or levels < 1:
+        raise ValueError(f"action_levels: expected an int >= 1, got {levels!r}")
+    return options
+
+
+def stochastic_length_config(values: Mapping[str, Any]) -> StochasticLengthConfig | None:
+    """How training shortens histories; ``None`` where ``stochastic_length_alpha`` is not given."""
+    if values.get("stochastic_length_alpha") is None:
+        return None
+    return _build(StochasticLengthConfig, _chosen(values, LENGTH_KEYS), LENGTH_KEYS)
 
 
 def run_options(values: Mapping[str, Any]) -> RunOptions:

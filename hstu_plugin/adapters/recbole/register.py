@@ -11,6 +11,7 @@ import yaml
 
 from hstu_plugin import _hook
 from hstu_plugin.adapters.recbole import compat, options
+from hstu_plugin.adapters.recbole.settings import DEFAULTS_FILES
 
 _WRAPPED = "_hstu_plugin_defaults"
 
@@ -34,10 +35,11 @@ def register() -> dict[str, type[Any]]:
     models = {}
     for name in _hook.MODELS:
         models[name] = getattr(model, name)
+    for name in (*_hook.MODELS, *_hook.ALIASES):
         setattr(trainer_room, f"{name}Trainer", trainer.HSTUTrainer)
         setattr(dataset_room, f"{name}Dataset", dataset.HSTUDataset)
     # RecBole compares these keys before it takes a data set from its own cache.
-    for key in ("train_examples", "train_windows", "timestamp_unit"):
+    for key in ("train_examples", "train_windows", "timestamp_unit", "action_field"):
         if key not in arguments.dataset_arguments:
             arguments.dataset_arguments.append(key)
     _wrap_config()
@@ -80,7 +82,7 @@ def _add_defaults(config: Any, name: str) -> None:
     }
     options.refuse_unknown(sources, known)
     internal.update(options.default_values())
-    text = (files("recbole_configs") / f"{name.lower()}.yaml").read_text(encoding="utf-8")
+    text = (files("recbole_configs") / f"{DEFAULTS_FILES[name.upper()]}.yaml").read_text(encoding="utf-8")
     internal.update(yaml.load(text, Loader=config.yaml_loader))
     internal["load_col"] = with_time_column(internal, external)
 

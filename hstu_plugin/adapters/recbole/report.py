@@ -6,17 +6,11 @@ Nothing here imports torch or RecBole at import time.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import os
-import platform
 import re
 import statistics
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +18,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hstu_plugin._versions import runtime_versions, source_commit
+from hstu_plugin.records import machine
+from hstu_plugin.records import plain as plain
+from hstu_plugin.records import write_json as write_json
+from hstu_plugin.records import write_text as write_text
 
 RUN_FORMAT = "hstu-plugin/run"
 COMPARISON_FORMAT = "hstu-plugin/comparison"
@@ -69,43 +67,6 @@ class RunLike(Protocol):
 
 class ReportError(ValueError):
     """A file that is no record, or records that cannot be put side by side."""
-
-
-def plain(value: Any) -> Any:
-    """``value`` in JSON types: containers as lists and dicts, numbers that JSON lacks as None, the rest as text."""
-    if value is None or (isinstance(value, bool | int | str) and not isinstance(value, Enum)):
-        return value
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted(plain(item) for item in value)
-    # numpy and torch scalars
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        return plain(value.item())
-    return str(value)
-
-
-def machine() -> Record:
-    """The hardware that this process computes on; memory in GiB."""
-    import torch
-
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
-    return {
-        "cpu": _cpu_name(),
-        "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }
 
 
 def run_record(
@@ -173,25 +134,6 @@ def best_epoch(history: Sequence[Mapping[str, Any]], *, bigger: bool = True) -> 
         return None
     top = max(s for s, _ in scored) if bigger else min(s for s, _ in scored)
     return min(epoch for score, epoch in scored if score == top)
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record, all of it or nothing."""
-    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write all of it or nothing: a killed run leaves no half file behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path, *formats: str) -> Record:
@@ -457,13 +399,3 @@ def _seconds(value: float | None) -> str:
 
 def _spread(mean: float | None, std: float | None) -> str:
     return _number(mean) if std is None else f"{_number(mean)} ± {_number(std)}"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 # The plugin's defaults for a model, not a data set's recipe.
-_MODEL_FILES = ("hstu", "ultra_hstu")
+DEFAULTS_FILES = {"HSTU": "hstu", "ULTRAHSTU": "ultra_hstu", "ULTRA-HSTU": "ultra_hstu"}
 
 
 class SettingsError(ValueError):
@@ -19,7 +19,7 @@ class SettingsError(ValueError):
 
 def recipes() -> dict[str, Path]:
     """The package's data set recipes, by name."""
-    return {path.stem: path for path in sorted(_package().glob("*.yaml")) if path.stem not in _MODEL_FILES}
+    return {path.stem: path for path in sorted(_package().glob("*.yaml")) if path.stem not in DEFAULTS_FILES.values()}
 
 
 def recipe_path(name: str) -> Path:
@@ -47,8 +47,8 @@ def describe_recipe(path: Path) -> str:
 
 def model_defaults(model: str) -> dict[str, Any]:
     """The plugin's defaults for one of its models; nothing for RecBole's own."""
-    path = _package() / f"{model.lower()}.yaml"
-    return read_settings([path]) if path.is_file() else {}
+    name = DEFAULTS_FILES.get(model.upper())
+    return {} if name is None else read_settings([_package() / f"{name}.yaml"])
 
 
 def recorded_results(dataset: str) -> Path | None:

@@ -1,0 +1,1 @@
+"""What ULTRA-HSTU (arXiv 2602.16986) adds around the transducer."""
