@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.int4_measure import Row, Timing, gather_times, host_times
 from hstu_plugin._versions import runtime_versions, source_commit
-from hstu_plugin.adapters.recbole.report import machine, write_json, write_text
+from hstu_plugin.records import machine, write_json, write_text
 
 FORMAT = "hstu-plugin/int4-benchmark"
 FORMAT_VERSION = 1

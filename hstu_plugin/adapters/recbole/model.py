@@ -50,16 +50,11 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
                 "TIME_FIELD: HSTU measures time between events (time_bias), but the config names no time column; name "
                 "it, or set `time_bias: False` to work with positions only"
             )
-<<<<<<< HEAD
-        self.time_list_field = f"{self.time_field}{config['LIST_SUFFIX']}"
+        self.list_suffix = config["LIST_SUFFIX"]
+        self.time_list_field = f"{self.time_field}{self.list_suffix}"
         self.item_embedding: nn.Embedding | QuantizedEmbedding = nn.Embedding(
             self.n_items, self.hstu_config.embedding_dim, padding_idx=0
         )
-=======
-        self.list_suffix = config["LIST_SUFFIX"]
-        self.time_list_field = f"{self.time_field}{self.list_suffix}"
-        self.item_embedding = nn.Embedding(self.n_items, self.hstu_config.embedding_dim, padding_idx=0)
->>>>>>> ultra
         init_item_table(self.item_embedding.weight)
         self.stochastic_length = stochastic_length_config(values)
         self.action_embedding: ActionEmbedding | None = None

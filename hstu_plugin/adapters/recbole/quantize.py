@@ -13,9 +13,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hstu_kernels.int4 import RowFormat
+from hstu_plugin import records
 from hstu_plugin._versions import runtime_versions, source_commit
-from hstu_plugin.adapters.recbole import report as records
 from hstu_plugin.adapters.recbole import runner
+from hstu_plugin.adapters.recbole.report import metric_name
 from hstu_plugin.adapters.recbole.saved import find_checkpoint
 from hstu_plugin.quantize import QuantizeConfig, count_accesses, quantize
 from hstu_plugin.quantize_report import QuantizationReport
@@ -161,7 +162,7 @@ def report_tables(report: QuantizationReport) -> list[Table]:
             metrics.add_column(column, justify="right")
         for name, change in report.metric_changes().items():
             before, after = report.metrics_before[name], report.metrics_after[name]
-            metrics.add_row(records.metric_name(name), f"{before:.4f}", f"{after:.4f}", f"{change:+.2%}")
+            metrics.add_row(metric_name(name), f"{before:.4f}", f"{after:.4f}", f"{change:+.2%}")
         shown.append(metrics)
     return shown
 

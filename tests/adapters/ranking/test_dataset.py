@@ -77,6 +77,14 @@ def test_every_column_of_the_log(tmp_path: Path) -> None:
     assert data.facts["train_means"] == {"click": 0.5, "rating": 4.0}
 
 
+def test_the_order_of_the_rows_does_not_matter(tmp_path: Path) -> None:
+    log = read(tmp_path).log
+    turned = read(tmp_path / "turned", events=small()["events"].iloc[::-1]).log
+    for name in ("items", "timestamps", "action_types", "series"):
+        assert torch.equal(getattr(turned.events, name), getattr(log.events, name))
+    assert torch.equal(turned.labels.nan_to_num(-1), log.labels.nan_to_num(-1))
+
+
 def test_shares_split_by_time_over_all_users(data_dir: Path) -> None:
     data = load(parse_schema(SCHEMA, "schema"), data_dir)
     times, roles = data.log.events.timestamps, data.log.roles
