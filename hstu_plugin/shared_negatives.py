@@ -22,7 +22,7 @@ def shared_negatives_loss(
 ) -> Tensor:
     """Mean loss over the rows; as `next_item_loss`, with one set of negatives for all rows.
 
-    Where ``config.negatives`` is ``in_batch`` and ``config.logq_correction`` is set, ``q`` of an item is its share among
+    With ``in_batch`` negatives and ``logq_correction``, the ``q`` of an item is its share among
     ``positive_ids``.
 
     Args:
