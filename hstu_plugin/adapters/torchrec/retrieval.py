@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from hstu_plugin.adapters.torchrec.batch import SequenceBatch, check_batch
+from hstu_plugin.adapters.torchrec.reduce import global_mean
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 from hstu_plugin.adapters.torchrec.sequence import KJTToSequence, awaited
 from hstu_plugin.config import HSTUConfig, NegativeSource, RetrievalConfig
@@ -162,15 +162,6 @@ class HSTURetrievalTask(nn.Module):
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         loss, rows = self.head(self.embeddings(batch.features), batch.features, batch.numbers)
         return loss, (loss.detach(), rows)
-
-
-def global_mean(loss: Tensor, rows: Tensor) -> Tensor:
-    """A rank's mean over ``rows``, weighted so that the mean over the ranks is the mean over all rows."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return loss
-    total = rows.clone()
-    dist.all_reduce(total)
-    return loss * (rows * dist.get_world_size() / total.clamp(min=1))
 
 
 def _event_places(lengths: Tensor) -> Tensor:

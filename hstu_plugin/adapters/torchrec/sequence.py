@@ -14,6 +14,8 @@ from hstu_plugin.adapters.torchrec.batch import check_keys
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 from hstu_plugin.sequence import JaggedSequence
 
+_CONTEXTUAL_TIME = 0
+
 
 class KJTToSequence(nn.Module):
     """``dict[str, JaggedTensor] -> JaggedSequence`` of ``[contextual | history | candidates]`` rows for each user.
@@ -41,8 +43,8 @@ class KJTToSequence(nn.Module):
             numbers: int64 seconds under the schema's time keys.
 
         Returns:
-            values ``[L, D]`` in the dtype of ``vectors``, timestamps ``[L]``. A contextual row bears the time of its
-            user's first event, or of the first candidate where there is no event.
+            values ``[L, D]`` in the dtype of ``vectors``, timestamps ``[L]``. Contextual rows bear time 0: the
+            same far distance from every event.
 
         Raises:
             ValueError: a key is missing or lengths do not agree. TypeError: times are not int64.
@@ -93,10 +95,8 @@ class KJTToSequence(nn.Module):
         for key, own, rows in zip(keys, times, counts[contextual:], strict=True):
             match_lengths(key, numbers[key].lengths().long(), rows)
             assert own.dtype == torch.int64
-        if contextual:
-            first = _first(times, counts[contextual:])
-            times = [first] * contextual + times
-        return torch.cat(times).index_select(0, order)
+        context = torch.full_like(counts[0], _CONTEXTUAL_TIME)
+        return torch.cat([context] * contextual + times).index_select(0, order)
 
 
 def awaited(vectors: Mapping[str, JaggedTensor]) -> Mapping[str, JaggedTensor]:
@@ -141,14 +141,3 @@ def _order(counts: list[Tensor], layout: JaggedLayout) -> Tensor:
         places[-1] = places[-1] + torch.arange(places[-1].numel(), device=starts.device)
         starts = starts + lengths
     return torch.cat(places).argsort()
-
-
-def _first(times: list[Tensor], counts: list[Tensor]) -> Tensor:
-    """``[B]``: each user's first time among the parts in turn, 0 where there is none."""
-    first = torch.zeros_like(counts[0])
-    for own, lengths in zip(reversed(times), reversed(counts), strict=True):
-        filled = lengths > 0
-        if own.numel():
-            starts = (lengths.cumsum(0) - lengths).clamp(max=own.numel() - 1)
-            first = torch.where(filled, own[starts], first)
-    return first

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from hstu_plugin.adapters.torchrec import FeatureSchema, HSTURetrievalModel, SequenceBatch, Table, keyed_jagged
+from hstu_plugin.adapters.torchrec import (
+    FeatureSchema,
+    HSTURankingModel,
+    HSTURetrievalModel,
+    SequenceBatch,
+    Table,
+    keyed_jagged,
+)
 from hstu_plugin.config import HSTUConfig, RetrievalConfig
+from hstu_plugin.ranking_config import RankingConfig, TaskConfig
 
 ITEMS = 40
 NOW = 1_700_000_000
@@ -66,3 +74,54 @@ def retrieval_batch(lengths: tuple[int, ...] = (3, 0, 7, 1), seed: int = 0) -> S
         "asked_at": [torch.tensor([NOW + 100_000 + b]) for b in range(len(lengths))],
     }
     return SequenceBatch(keyed_jagged(features), keyed_jagged(numbers))
+
+
+RANKING = FeatureSchema(
+    side=("action",),
+    contextual=("age", "tags"),
+    candidate="candidate",
+    candidate_time="candidate_time",
+    tables=(
+        Table(name="item", num_embeddings=ITEMS, features=("item_id", "candidate")),
+        Table(name="action", num_embeddings=8, features=("action",)),
+        Table(name="user", num_embeddings=20, features=("age", "tags")),
+    ),
+)
+TASKS = RankingConfig(
+    tasks=(TaskConfig(name="click"), TaskConfig(name="watch", kind="regression", weight=0.5)), head_dims=(8,)
+)
+
+
+def ranking_model(**changes: object) -> HSTURankingModel:
+    torch.manual_seed(0)
+    model = HSTURankingModel(config(**changes), RANKING, TASKS)
+    with torch.no_grad():
+        for weight in model.embeddings.parameters():
+            weight.normal_(std=0.5)
+        unit_tables(model.head.core.encoder)
+    return model
+
+
+def ranking_batch(lengths: tuple[int, ...] = (3, 0, 7, 1), seed: int = 0) -> SequenceBatch:
+    draw = torch.Generator().manual_seed(seed)
+    asked = [(2 + b) % 4 for b in range(len(lengths))]
+
+    def ids(high: int, count: int) -> torch.Tensor:
+        return torch.randint(1, high, (count,), generator=draw)
+
+    times = [NOW + torch.randint(1, 300, (n,), generator=draw).cumsum(0) for n in lengths]
+    features = {
+        "item_id": [ids(ITEMS, n) for n in lengths],
+        "action": [ids(8, n) for n in lengths],
+        "age": [ids(20, 1) for _ in lengths],
+        "tags": [ids(20, b % 3) for b in range(len(lengths))],
+        "candidate": [ids(ITEMS, n) for n in asked],
+    }
+    numbers = {
+        "time": times,
+        "candidate_time": [NOW + 9000 + torch.arange(n) for n in asked],
+    }
+    labels = torch.rand(sum(asked), 2, generator=draw)
+    labels[:, 0] = labels[:, 0].round()
+    labels[0, 1] = torch.nan
+    return SequenceBatch(keyed_jagged(features), keyed_jagged(numbers), labels)
