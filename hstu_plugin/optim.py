@@ -1,8 +1,8 @@
 """Optimisers of embedding tables that keep one second moment a row, and the pair of optimisers that a model needs.
 
 Rowwise AdamW is that of ULTRA-HSTU: ``v_r = b2 v_r + (1 - b2) mean_j(g_rj^2)``, a first moment per element or none,
-decoupled weight decay. FBGEMM has a fused form of it on CUDA; `hstu_plugin.adapters.torchrec.fused` picks it. These here
-serve tables held by PyTorch itself, on any device.
+decoupled weight decay. FBGEMM has a fused form of it on CUDA; `hstu_plugin.adapters.torchrec.fused` picks it. These
+here serve tables held by PyTorch itself, on any device.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class RowwiseAdamW(_Rowwise):
     ``w -= lr (m / (1 - b1^t) / (sqrt(v_r / (1 - b2^t)) + eps) + weight_decay w)``
 
     ``t`` counts the steps of the table. With a sparse gradient (``nn.Embedding(sparse=True)``) rows that it does not
-    name stay as they are, moments and weight decay included, as in FBGEMM's fused kernel; with a dense one all rows move.
+    name stay as they are, moments and weight decay included, as in FBGEMM's fused kernel; with a dense one all rows
+    move.
 
     Args:
         params: tables ``[rows, D]``.
@@ -189,10 +190,14 @@ def _at_least_zero(**numbers: float) -> None:
 
 
 def dense_adamw(
-    module: nn.Module, *, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.98)
+    params: Iterable[nn.Parameter],
+    *,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.98),
 ) -> torch.optim.AdamW:
-    """AdamW over the dense weights of ``module``: decay on matrices, none on biases, norms and bias tables (1-D)."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    """AdamW over dense weights: decay on matrices, none on biases, norms and bias tables (1-D)."""
+    trained = [p for p in params if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},

@@ -139,7 +139,7 @@ def test_only_tables() -> None:
 
 def test_dense_decay_spares_vectors() -> None:
     module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-    optimizer = dense_adamw(module, lr=0.1, weight_decay=0.5)
+    optimizer = dense_adamw(module.parameters(), lr=0.1, weight_decay=0.5)
     for p in module.parameters():
         p.grad = torch.zeros_like(p)
     before = [p.detach().clone() for p in module.parameters()]

@@ -46,15 +46,17 @@ class RankingHead(nn.Module):
 class RankingLossHead(RankingHead):
     """The same weights under the same names, with the loss over all ranks' rows as its forward."""
 
-    def __init__(self, head: RankingHead) -> None:
+    def __init__(self, head: RankingHead, autocast: torch.dtype | None) -> None:
         nn.Module.__init__(self)
+        self.autocast = autocast
         self.schema, self.sequence, self.core = head.schema, head.sequence, head.core
 
     def forward(  # type: ignore[override]
         self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         ranking = self.core.ranking
-        scores = self.scores(vectors, numbers)
+        with torch.autocast(labels.device.type, self.autocast, enabled=self.autocast is not None):
+            scores = self.scores(vectors, numbers)
         alone = [
             multi_task_loss(scores[:, [k]], labels[:, [k]], RankingConfig(tasks=(task,)))[0]
             for k, task in enumerate(ranking.tasks)
@@ -109,10 +111,10 @@ class HSTURankingTask(nn.Module):
     Shares the weights of ``model`` under the same names; the loss is weighted as that of `HSTURetrievalTask`.
     """
 
-    def __init__(self, model: HSTURankingModel) -> None:
+    def __init__(self, model: HSTURankingModel, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.embeddings = model.embeddings
-        self.head = RankingLossHead(model.head)
+        self.head = RankingLossHead(model.head, autocast)
 
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         loss, rows = self.head(self.embeddings(batch.features), batch.numbers, batch.labels)

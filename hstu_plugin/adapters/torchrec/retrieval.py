@@ -132,8 +132,9 @@ class HSTURetrievalModel(nn.Module):
 class RetrievalLossHead(RetrievalHead):
     """The same weights under the same names, with the loss over all ranks' rows as its forward."""
 
-    def __init__(self, head: RetrievalHead) -> None:
+    def __init__(self, head: RetrievalHead, autocast: torch.dtype | None) -> None:
         nn.Module.__init__(self)
+        self.autocast = autocast
         self.schema, self.sequence, self.core = head.schema, head.sequence, head.core
 
     def forward(  # type: ignore[override]
@@ -142,22 +143,23 @@ class RetrievalLossHead(RetrievalHead):
         features: KeyedJaggedTensor,
         numbers: KeyedJaggedTensor | None,
     ) -> tuple[Tensor, Tensor]:
-        loss, rows = self.loss(vectors, features, numbers)
+        with torch.autocast(features.device().type, self.autocast, enabled=self.autocast is not None):
+            loss, rows = self.loss(vectors, features, numbers)
         return global_mean(loss, rows), rows
 
 
 class HSTURetrievalTask(nn.Module):
     """`SequenceBatch` in, ``(loss, (loss, rows))`` out, as TorchRec's pipelines want a model to train.
 
-    Shares the weights of ``model`` under the same names. The loss is weighted such that the gradients, averaged over
-    the ranks by DistributedModelParallel, are those of the mean over all positions of the global batch, whatever the
-    number of ranks.
+    Shares the weights of ``model`` under the same names; ``autocast`` is the dtype of the dense part's products. The
+    loss is weighted such that the gradients, averaged over the ranks by DistributedModelParallel, are those of the
+    mean over all positions of the global batch, whatever the number of ranks.
     """
 
-    def __init__(self, model: HSTURetrievalModel) -> None:
+    def __init__(self, model: HSTURetrievalModel, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.embeddings = model.embeddings
-        self.head = RetrievalLossHead(model.head)
+        self.head = RetrievalLossHead(model.head, autocast)
 
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         loss, rows = self.head(self.embeddings(batch.features), batch.features, batch.numbers)

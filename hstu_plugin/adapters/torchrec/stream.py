@@ -1,8 +1,8 @@
 """The order in which rows of parquet files reach the ranks: the same global batches whatever the number of ranks.
 
-All rows of an epoch, in an order drawn from (seed, epoch), are cut into ``num_shards`` runs of equal length. Every step
-takes ``batch_size / num_shards`` rows of each. Ranks, and workers inside ranks, share the runs out among themselves: the
-union is the same global batch, and the position in the data is one number, the step.
+All rows of an epoch, in an order drawn from (seed, epoch), are cut into ``num_shards`` runs of equal length. Every
+step takes ``batch_size / num_shards`` rows of each. Ranks, and workers inside ranks, share the runs out among
+themselves: the union is the same global batch, and the position in the data is one number, the step.
 
 Inside a window of ``bucket_steps`` steps a run's rows are sorted by length, so that the rows of one step are of similar
 length on all ranks; the order of the steps in a window is drawn anew.
