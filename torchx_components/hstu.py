@@ -1,8 +1,8 @@
 """One function for each job: ``torchx run -s <scheduler> hstu.<function> --config config.yaml``.
 
 Paths are those of the machine that runs the job; ``local_cwd`` runs it in the folder it is started from. What follows
-``--`` goes to the job unchanged. TorchX reads this file's source: annotations must be ``Optional[...]`` and the like, and
-every function here is a component.
+``--`` goes to the job unchanged. TorchX reads this file's source: annotations must be ``Optional[...]`` and the like,
+and every function here is a component.
 """
 
 from typing import Dict, List  # noqa: UP035  # TorchX's parser knows no others

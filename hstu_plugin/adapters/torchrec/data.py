@@ -22,6 +22,7 @@ from hstu_plugin.adapters.torchrec.parquet import (
     join,
     list_row_groups,
 )
+from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 from hstu_plugin.adapters.torchrec.stream import Piece, PieceStream, StreamPlan
 from hstu_plugin.config import NegativeSource
 from hstu_plugin.sequence import JaggedSequence
@@ -142,16 +143,9 @@ class RankBatches:
         columns |= {key: columns[key].last(data.max_history) for key in history}
         if self.training and self.sampler is not None:
             columns |= self._sampled(columns, history, epoch, step)
-        users = max(1, len(columns[schema.item].lengths))
-        ids = {key: _padded(columns.get(key), users) for key in schema.id_keys}
         if schema.negative is not None:
-            ids[schema.negative] = self._negatives(users, epoch, step)
-        numbers = {key: _padded(columns.get(key), users, one=key == schema.request_time) for key in schema.number_keys}
-        labels = None
-        if self.plan.columns.labels:
-            flat = [torch.from_numpy(columns[name].values) for name in self.plan.columns.labels]
-            labels = torch.stack(flat, dim=1)
-        return SequenceBatch(_keyed(ids), _keyed(numbers) if numbers else None, labels)
+            columns[schema.negative] = self._negatives(max(1, len(columns[schema.item].lengths)), epoch, step)
+        return to_batch(columns, schema, self.plan.columns.labels)
 
     def _negatives(self, users: int, epoch: int, step: int) -> Column:
         """The same on all ranks, all with the first user; none in evaluation."""
@@ -183,6 +177,15 @@ class RankBatches:
         lengths = (drawn.layout.history_lengths).numpy()
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return {key: Column(columns[key].values[chosen], offsets) for key in history}
+
+
+def to_batch(columns: dict[str, Column], schema: FeatureSchema, labels: tuple[str, ...] = ()) -> SequenceBatch:
+    """A batch of checked columns; keys of the schema that are not there are empty, and there is always one user."""
+    users = max(1, len(columns[schema.item].lengths))
+    ids = {key: _padded(columns.get(key), users) for key in schema.id_keys}
+    numbers = {key: _padded(columns.get(key), users, one=key == schema.request_time) for key in schema.number_keys}
+    stacked = torch.stack([torch.from_numpy(columns[name].values) for name in labels], dim=1) if labels else None
+    return SequenceBatch(_keyed(ids), _keyed(numbers) if numbers else None, stacked)
 
 
 def data_identity(plan: StreamPlan, options: DataOptions) -> dict[str, Any]:

@@ -155,6 +155,16 @@ def read_row_group(group: RowGroup, columns: FileColumns) -> dict[str, Column]:
             table = file.read_row_group(group.group, columns=columns.names)
     except (pa.ArrowException, OSError) as error:
         raise CorruptFile(f"{group.path}: row group {group.group} cannot be read: {error}") from error
+    return read_table(table, group, columns)
+
+
+def read_table(table: pa.Table, group: RowGroup, columns: FileColumns) -> dict[str, Column]:
+    """The checked columns of a table; ``group`` says where its rows come from.
+
+    Raises:
+        ValueError: a column or value is wrong; names file, row and key.
+    """
+    _check_schema(group.path, table.schema, columns)
     found = {name: _column(group, name, table[name], name in columns.labels) for name in columns.names}
     _check_values(group, found, columns)
     return found

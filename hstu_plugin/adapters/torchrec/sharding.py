@@ -134,7 +134,7 @@ def _shards(model: DistributedModelParallel) -> Iterator[tuple[str, int, int, in
         if isinstance(value, ShardedTensor):
             for shard in value.local_shards():
                 first, column = shard.metadata.shard_offsets
-                yield name, first, column, value.size(1), shard.tensor
+                yield name, first, column, value.metadata().size[1], shard.tensor
         else:
             yield name, 0, 0, value.shape[1], value
 
