@@ -104,9 +104,9 @@ def score_file(
         scores = score_batch(model, falcon, batch).cpu()
         lengths = part[schema.candidate].lengths.tolist()
         ids = torch.from_numpy(part[schema.candidate].values)
-        found[schema.candidate] += [some.tolist() for some in ids.split(lengths)]
+        found[schema.candidate] += [some.tolist() for some in torch.split(ids, lengths)]
         for k, task in enumerate(ranking.tasks):
-            found[task.name] += [some.tolist() for some in scores[:, k].split(lengths)]
+            found[task.name] += [some.tolist() for some in torch.split(scores[:, k], lengths)]
     output.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
     os.close(handle)
