@@ -5,7 +5,7 @@ Paths are those of the machine that runs the job; ``local_cwd`` runs it in the f
 and every function here is a component.
 """
 
-from typing import Dict, List  # noqa: UP035  # TorchX's parser knows no others
+from typing import Dict, List, Optional
 
 from torchx import specs
 
@@ -18,12 +18,12 @@ def train(
     j: str = "1x1",
     image: str = "hstu-plugin:latest",
     name: str = "hstu-train",
-    h: str | None = None,
+    h: Optional[str] = None,
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
-    env: Dict[str, str] | None = None,  # noqa: UP006
-    mounts: List[str] | None = None,  # noqa: UP006
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
     max_retries: int = 0,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
@@ -57,12 +57,12 @@ def evaluate(
     j: str = "1x1",
     image: str = "hstu-plugin:latest",
     name: str = "hstu-evaluate",
-    h: str | None = None,
+    h: Optional[str] = None,
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
-    env: Dict[str, str] | None = None,  # noqa: UP006
-    mounts: List[str] | None = None,  # noqa: UP006
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
     max_retries: int = 0,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
@@ -95,12 +95,12 @@ def recbole(
     config: str,
     image: str = "hstu-plugin:latest",
     name: str = "hstu-recbole",
-    h: str | None = None,
+    h: Optional[str] = None,
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
-    env: Dict[str, str] | None = None,  # noqa: UP006
-    mounts: List[str] | None = None,  # noqa: UP006
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
     max_retries: int = 0,
 ) -> specs.AppDef:
     """Train and evaluate a RecBole model on one process: ``hstu-recbole train``.
@@ -133,12 +133,12 @@ def score(
     micro_batch_size: int = 256,
     image: str = "hstu-plugin:latest",
     name: str = "hstu-score",
-    h: str | None = None,
+    h: Optional[str] = None,
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
-    env: Dict[str, str] | None = None,  # noqa: UP006
-    mounts: List[str] | None = None,  # noqa: UP006
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
     max_retries: int = 0,
 ) -> specs.AppDef:
     """Score the candidates of a file of requests with a trained ranker (M-FALCON).
@@ -171,12 +171,12 @@ def quantize(
     *script_args: str,
     image: str = "hstu-plugin:latest",
     name: str = "hstu-quantize",
-    h: str | None = None,
+    h: Optional[str] = None,
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
-    env: Dict[str, str] | None = None,  # noqa: UP006
-    mounts: List[str] | None = None,  # noqa: UP006
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
     max_retries: int = 0,
 ) -> specs.AppDef:
     """Quantise the embedding tables of a trained model: ``hstu-quantize``.
@@ -205,12 +205,12 @@ def benchmark(
     j: str = "1x1",
     image: str = "hstu-plugin:latest",
     name: str = "hstu-benchmark",
-    h: str | None = None,
+    h: Optional[str] = None,
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
-    env: Dict[str, str] | None = None,  # noqa: UP006
-    mounts: List[str] | None = None,  # noqa: UP006
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
     max_retries: int = 0,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
