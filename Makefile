@@ -20,7 +20,7 @@ demo: install ## Train and evaluate HSTU on ml-100k, on a GPU if there is one
 	$(BIN)/hstu-recbole demo
 
 .PHONY: test
-test: install ## Run the tests; no GPU needed. PYTEST_ARGS adds options
+test: $(VENV)/.torchrec ## Run the tests; no GPU needed. PYTEST_ARGS adds options
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: lint
@@ -39,14 +39,15 @@ readme: install ## Bring the tables of README.md up to date with the recorded re
 	$(BIN)/python -m benchmarks.update_readme
 
 .PHONY: install-torchrec
-install-torchrec: install ## Add TorchRec: the CUDA build beside an NVIDIA GPU, else the CPU build
+install-torchrec: install ## Add TorchRec and TorchX: the CUDA build beside an NVIDIA GPU, else the CPU build
 	@if nvidia-smi -L 2>/dev/null | grep -q GPU; then \
 	  echo "NVIDIA GPU found: installing the CUDA build"; \
-	  $(PIP) install -c constraints.txt -e '.[torchrec]'; \
+	  $(PIP) install -c constraints.txt -e '.[torchrec,torchx]'; \
 	else \
 	  echo "no NVIDIA GPU: installing the CPU build"; \
-	  $(PIP) install -c constraints.txt ./packaging/fbgemm-gpu-cpu-shim -e '.[torchrec-cpu]'; \
+	  $(PIP) install -c constraints.txt ./packaging/fbgemm-gpu-cpu-shim -e '.[torchrec-cpu,torchx]'; \
 	fi
+	@touch $(VENV)/.torchrec
 
 .PHONY: clean
 clean: ## Remove .venv and everything built
@@ -67,3 +68,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[recbole,dev]'
 	$(PIP) install -c constraints.txt --no-deps recbole
 	@touch $@
+
+# Tests need it once; install-torchrec by name always installs anew.
+$(VENV)/.torchrec: $(VENV)/.installed packaging/fbgemm-gpu-cpu-shim/pyproject.toml
+	$(MAKE) --no-print-directory install-torchrec

@@ -51,12 +51,13 @@ def test_extras() -> None:
 
 def test_every_package_is_found() -> None:
     packages = _packages()
-    assert {"hstu_plugin", "hstu_kernels", "recbole_configs", "ranking_configs"} <= packages
+    assert {"hstu_plugin", "hstu_kernels", "recbole_configs", "ranking_configs", "torchx_components"} <= packages
     # A folder of modules without __init__.py would be left out of the wheel in silence.
     for root, top in (
         ("", "hstu_plugin"),
         ("kernels", "hstu_kernels"),
         ("", "recbole_configs"),
+        ("", "torchx_components"),
         ("", "ranking_configs"),
     ):
         folders = {path.parent for path in (ROOT / root / top).rglob("*.py")}
@@ -114,7 +115,7 @@ def test_constraints_extras_and_shim_name_the_tested_row() -> None:
 def test_what_is_built_holds_the_code_and_no_data(tmp_path: Path) -> None:
     tree, out = tmp_path / "tree", tmp_path / "out"
     out.mkdir()
-    for name in ("hstu_plugin", "kernels", "recbole_configs", "ranking_configs"):
+    for name in ("hstu_plugin", "kernels", "torchx_components", "recbole_configs", "ranking_configs"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
@@ -134,6 +135,7 @@ def test_what_is_built_holds_the_code_and_no_data(tmp_path: Path) -> None:
         ("", "hstu_plugin"),
         ("kernels", "hstu_kernels"),
         ("", "recbole_configs"),
+        ("", "torchx_components"),
         ("", "ranking_configs"),
     ):
         wanted = {path for pattern in ("*.py", "*.yaml", "py.typed") for path in (ROOT / root / top).rglob(pattern)}

@@ -1,0 +1,179 @@
+"""Training throughput on this process group, with synthetic data: one JSON record.
+
+Weak scaling: every rank has as many users in a step whatever the number of ranks, so that samples per second on n ranks
+against n times those on one is the efficiency. Model FLOPs are those of the transducer under its mask and of the loss's
+products, three times the forward; they are set against the rate of a large matrix product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from hstu_plugin._versions import runtime_versions, source_commit
+from hstu_plugin.adapters.torchrec.batch import SequenceBatch, keyed_jagged
+from hstu_plugin.adapters.torchrec.fused import fused_params
+from hstu_plugin.adapters.torchrec.options import OptimOptions
+from hstu_plugin.adapters.torchrec.retrieval import HSTURetrievalModel, HSTURetrievalTask
+from hstu_plugin.adapters.torchrec.schema import FeatureSchema, Table
+from hstu_plugin.adapters.torchrec.sharding import describe_plan, shard_model
+from hstu_plugin.adapters.torchrec.train import join_group
+from hstu_plugin.config import HSTUConfig, RetrievalConfig
+from hstu_plugin.flops import TRAINING_FACTOR, sequence_flops
+from hstu_plugin.optim import dense_adamw
+from hstu_plugin.records import machine, write_json
+
+_NOW, _TIMEOUT_S, _BATCHES = 1_700_000_000, 600, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is measured. ``users`` are those of one rank and step; lengths lie in ``[max_seq_len / 4, max_seq_len]``."""
+
+    users: int = 32
+    max_seq_len: int = 2048
+    embedding_dim: int = 512
+    num_layers: int = 8
+    num_heads: int = 4
+    rows: int = 10_000_000
+    negatives: int = 1024
+    steps: int = 30
+    warmup: int = 10
+    backend: str = "auto"
+    precision: str = "bf16"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="hstu_plugin.adapters.torchrec.benchmark", description=__doc__)
+    parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
+    for name, default in asdict(Sizes()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parsed = vars(parser.parse_args(arguments))
+    output = parsed.pop("output")
+    device, local_world_size = join_group(_TIMEOUT_S)
+    record = measure(Sizes(**parsed), device, local_world_size)
+    if dist.get_rank() == 0:
+        write_json(output, record)
+        print(f"{record['samples_per_second']:.1f} samples/s on {record['world_size']}, MFU {record['mfu']:.3f}")
+    dist.destroy_process_group()
+    return 0
+
+
+def measure(sizes: Sizes, device: torch.device, local_world_size: int) -> dict[str, Any]:
+    """Train on batches made before the clock starts; the record of this process group."""
+    config = HSTUConfig(
+        embedding_dim=sizes.embedding_dim,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        max_seq_len=sizes.max_seq_len,
+        dropout=0.0,
+        backend=sizes.backend,  # type: ignore[arg-type]
+    )
+    schema = FeatureSchema(
+        negative="negative",
+        tables=(Table(name="item", num_embeddings=sizes.rows, features=("item_id", "negative")),),
+    )
+    retrieval = RetrievalConfig(loss="sampled_softmax", num_negatives=sizes.negatives)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    autocast = torch.bfloat16 if sizes.precision == "bf16" else None
+    model = HSTURetrievalModel(config, schema, retrieval, device=torch.device("meta"))
+    parallel = shard_model(
+        HSTURetrievalTask(model, autocast=autocast),
+        schema,
+        device=device,
+        fused_params=fused_params(OptimOptions(), device),
+        choices={"item": ("row_wise",)},
+        local_world_size=local_world_size,
+        batch_size=sizes.users,
+    )
+    dense = dict(in_backward_optimizer_filter(parallel.named_parameters()))
+    optimizer = CombinedOptimizer([parallel.fused_optimizer, KeyedOptimizerWrapper(dense, dense_adamw)])
+    made = [_batch(sizes, dist.get_rank() * _BATCHES + i) for i in range(_BATCHES)]
+    batches = (made[i % _BATCHES] for i in range(sizes.warmup + sizes.steps + 2))
+    pipeline = TrainPipelineSparseDist(parallel, optimizer, device, execute_all_batches=True)
+    for _ in range(sizes.warmup):
+        pipeline.progress(batches)
+    _meet(device)
+    begin = time.perf_counter()
+    for _ in range(sizes.steps):
+        loss, _ = pipeline.progress(batches)
+    _meet(device)
+    seconds = (time.perf_counter() - begin) / sizes.steps
+    flops = sum(_flops(config, batch, sizes) for batch in made) / _BATCHES
+    peak = matrix_rate(device, torch.bfloat16 if autocast else torch.float32)
+    world = dist.get_world_size()
+    return {
+        "sizes": asdict(sizes),
+        "world_size": world,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "seconds_per_step": seconds,
+        "samples_per_second": sizes.users * world / seconds,
+        "rows_per_second": sum(int(b.features["item_id"].values().numel()) for b in made) / _BATCHES * world / seconds,
+        "model_flops_per_step_and_rank": flops,
+        "matrix_flops_per_second": peak,
+        "mfu": flops / seconds / peak,
+        "loss_is_finite": bool(torch.isfinite(loss)),
+        "placement": describe_plan(parallel.plan, schema, sizes.embedding_dim),
+        "commit": source_commit(),
+        "versions": runtime_versions(),
+        "machine": machine(),
+    }
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product: 8192 wide on CUDA, 1024 elsewhere; the best of five."""
+    width = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(width, width, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        _synchronise(device)
+        begin = time.perf_counter()
+        a @ a
+        _synchronise(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * width**3 / best
+
+
+def _batch(sizes: Sizes, seed: int) -> SequenceBatch:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(max(2, sizes.max_seq_len // 4), sizes.max_seq_len + 1, (sizes.users,), generator=draw)
+    total = int(lengths.sum())
+    items = torch.split(torch.randint(1, sizes.rows, (total,), generator=draw), lengths.tolist())
+    times = torch.split(_NOW + torch.randint(1, 4000, (total,), generator=draw).cumsum(0), lengths.tolist())
+    none = torch.zeros(0, dtype=torch.int64)
+    drawn = torch.randint(1, sizes.rows, (sizes.negatives,), generator=draw)
+    features = {"item_id": items, "negative": [drawn, *[none] * (sizes.users - 1)]}
+    return SequenceBatch(keyed_jagged(features), keyed_jagged({"time": times}))
+
+
+def _flops(config: HSTUConfig, batch: SequenceBatch, sizes: Sizes) -> float:
+    lengths = batch.features["item_id"].lengths()
+    forward = float(sequence_flops(config, lengths).total.sum())
+    scored = 2.0 * float((lengths - 1).sum()) * sizes.negatives * sizes.embedding_dim
+    return TRAINING_FACTOR * (forward + scored)
+
+
+def _meet(device: torch.device) -> None:
+    _synchronise(device)
+    dist.barrier()
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""From pieces of parquet files to the batches of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hstu_kernels import JaggedLayout
+from hstu_plugin.adapters.torchrec.batch import SequenceBatch
+from hstu_plugin.adapters.torchrec.options import DataOptions, TaskName, TrainOptions
+from hstu_plugin.adapters.torchrec.parquet import (
+    Column,
+    FileColumns,
+    OnCorrupt,
+    find_files,
+    join,
+    list_row_groups,
+)
+from hstu_plugin.adapters.torchrec.schema import FeatureSchema
+from hstu_plugin.adapters.torchrec.stream import Piece, PieceStream, StreamPlan
+from hstu_plugin.config import NegativeSource
+from hstu_plugin.sequence import JaggedSequence
+
+_NEGATIVES, _LENGTHS = 3, 4
+
+
+class HistorySampler(Protocol):
+    """Shortens the histories of a rank's training batch; `stochastic_length` and `LoadBalancedLength` are such.
+
+    ``seq.values`` are row numbers ``[L]`` in ``[history | targets]``, with the times of the events; what comes back
+    says which rows stay. Called once a step on every rank, empty batches included. ``generator`` follows from (seed,
+    epoch, step, rank). ``state_dict`` is plain data that goes into checkpoints.
+    """
+
+    def __call__(self, seq: JaggedSequence, *, generator: torch.Generator | None = None) -> JaggedSequence: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class SkippedData:
+    """Rows that could not be read so far, on this rank, and why."""
+
+    rows: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+
+def plan_stream(options: TrainOptions, *, training: bool) -> tuple[StreamPlan, list[str]]:
+    """List the row groups of the training or evaluation files; messages about files that are left out.
+
+    Raises:
+        ValueError: no path is given, the files hold no row, or their columns do not fit.
+    """
+    data, schema = options.data, options.schema
+    pattern = data.train if training else data.eval
+    if pattern is None:
+        raise ValueError("data.eval: expected parquet files to evaluate on, got nothing")
+    ids = (*schema.history, *schema.contextual)
+    numbers = tuple(key for key in (schema.time, schema.request_time) if key is not None)
+    labels: tuple[str, ...] = ()
+    if options.task is TaskName.RANKING:
+        assert options.ranking is not None
+        ids, labels = (*ids, *schema.candidates), tuple(task.name for task in options.ranking.tasks)
+        numbers = (*numbers, *((schema.candidate_time,) if schema.candidate_time is not None else ()))
+    elif not training:
+        if schema.candidate is None:
+            raise ValueError("schema.candidate: expected the column of the held-out items to evaluate on, got None")
+        ids = (*ids, schema.candidate)
+    else:
+        numbers = tuple(key for key in (schema.time,) if key is not None)
+    columns = FileColumns(schema=schema, ids=ids, numbers=numbers, labels=labels)
+    groups, skipped = list_row_groups(find_files(pattern), columns, data.on_corrupt)
+    plan = StreamPlan(
+        groups=tuple(groups),
+        columns=columns,
+        batch_size=data.batch_size,
+        num_shards=data.data_shards,
+        bucket_steps=data.bucket_steps,
+        shuffle=data.shuffle and training,
+        seed=options.run.seed,
+        on_corrupt=OnCorrupt(data.on_corrupt),
+    )
+    if plan.num_rows == 0:
+        raise ValueError(f"data: expected rows in {pattern!r}, found none")
+    return plan, skipped
+
+
+class RankBatches:
+    """The batches of one rank, from any position on.
+
+    Args:
+        options: of the training. plan: equal on all ranks. rank, world_size: of this process.
+        training: draw negatives and shorten histories.
+        sampler: of training histories; ``None`` keeps them whole.
+        skipped: counts what could not be read.
+    """
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        plan: StreamPlan,
+        *,
+        rank: int,
+        world_size: int,
+        training: bool,
+        sampler: HistorySampler | None = None,
+        skipped: SkippedData | None = None,
+    ) -> None:
+        if plan.num_shards < world_size:
+            raise ValueError(
+                f"data.data_shards: expected at least one for each of {world_size} ranks, got {plan.num_shards}; "
+                "raise data.batch_size or data.data_shards"
+            )
+        self.options, self.plan = options, plan
+        self.rank, self.world_size = rank, world_size
+        self.training, self.sampler = training, sampler
+        self.skipped = SkippedData() if skipped is None else skipped
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[SequenceBatch]:
+        """Batches of an epoch; every rank yields the same number of them."""
+        stream = PieceStream(self.plan, epoch=epoch, start_step=start_step, rank=self.rank, world_size=self.world_size)
+        workers = min(self.options.data.workers, len(stream.shards))
+        loader = DataLoader(stream, batch_size=None, num_workers=workers, multiprocessing_context=_context(workers))
+        pieces = iter(loader)
+        for step in range(start_step, self.plan.steps_an_epoch):
+            yield self._batch([next(pieces) for _ in range(max(1, workers))], epoch, step)
+
+    def _batch(self, pieces: list[Piece], epoch: int, step: int) -> SequenceBatch:
+        for piece in pieces:
+            self.skipped.rows += piece.lost
+            self.skipped.reasons.extend(piece.reasons)
+        schema, data = self.options.schema, self.options.data
+        columns = join([piece.columns for piece in pieces])
+        history = [key for key in (*schema.history, schema.time) if key in columns]
+        columns |= {key: columns[key].last(data.max_history) for key in history}
+        if self.training and self.sampler is not None:
+            columns |= self._sampled(columns, history, epoch, step)
+        if schema.negative is not None:
+            columns[schema.negative] = self._negatives(max(1, len(columns[schema.item].lengths)), epoch, step)
+        return to_batch(columns, schema, self.plan.columns.labels)
+
+    def _negatives(self, users: int, epoch: int, step: int) -> Column:
+        """The same on all ranks, all with the first user; none in evaluation."""
+        retrieval, schema = self.options.retrieval, self.options.schema
+        count = retrieval.num_negatives if self.training and retrieval.negatives is NegativeSource.UNIFORM else 0
+        draw = np.random.default_rng((self.options.run.seed, epoch, step, _NEGATIVES))
+        values = draw.integers(1, schema.table_of(schema.item).num_embeddings, count)
+        return Column(values, np.concatenate([[0], np.full(users, count)]))
+
+    def _sampled(self, columns: dict[str, Column], history: list[str], epoch: int, step: int) -> dict[str, Column]:
+        assert self.sampler is not None
+        schema = self.options.schema
+        events = torch.from_numpy(columns[schema.item].lengths)
+        targets = torch.zeros_like(events)
+        if schema.candidate in columns:
+            targets = torch.from_numpy(columns[str(schema.candidate)].lengths)
+        layout = JaggedLayout.from_lengths(events + targets, num_targets=targets)
+        rows = torch.arange(int(layout.seq_offsets[-1]))
+        is_event = layout.row_indices(rows.numel()) < layout.history_ends(rows.numel())
+        times = None
+        if schema.time is not None:
+            times = torch.zeros(rows.numel(), dtype=torch.int64)
+            times[is_event] = torch.from_numpy(columns[schema.time].values)
+        seed = np.random.SeedSequence((self.options.run.seed, epoch, step, self.rank, _LENGTHS)).generate_state(1)[0]
+        drawn = self.sampler(JaggedSequence(rows, layout, times), generator=torch.Generator().manual_seed(int(seed)))
+        stays = torch.zeros(rows.numel(), dtype=torch.bool)
+        stays[drawn.values] = True
+        chosen = stays[is_event].numpy()
+        lengths = (drawn.layout.history_lengths).numpy()
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return {key: Column(columns[key].values[chosen], offsets) for key in history}
+
+
+def to_batch(columns: dict[str, Column], schema: FeatureSchema, labels: tuple[str, ...] = ()) -> SequenceBatch:
+    """A batch of checked columns; keys of the schema that are not there are empty, and there is always one user."""
+    users = max(1, len(columns[schema.item].lengths))
+    ids = {key: _padded(columns.get(key), users) for key in schema.id_keys}
+    numbers = {key: _padded(columns.get(key), users, one=key == schema.request_time) for key in schema.number_keys}
+    stacked = torch.stack([torch.from_numpy(columns[name].values) for name in labels], dim=1) if labels else None
+    return SequenceBatch(_keyed(ids), _keyed(numbers) if numbers else None, stacked)
+
+
+def data_identity(plan: StreamPlan, options: DataOptions) -> dict[str, Any]:
+    """What must not change for a position in the data to mean the same rows."""
+    return {
+        "rows": plan.num_rows,
+        "row_groups": len(plan.groups),
+        "batch_size": plan.batch_size,
+        "data_shards": plan.num_shards,
+        "bucket_steps": plan.bucket_steps,
+        "shuffle": plan.shuffle,
+        "seed": plan.seed,
+        "max_history": options.max_history,
+    }
+
+
+def _padded(column: Column | None, users: int, *, one: bool = False) -> Column:
+    """``users`` rows: nothing for keys that a step does not use, and for the one user of a rank without any."""
+    if column is not None and len(column.lengths) == users:
+        return column
+    return Column(np.zeros(int(one) * users, dtype=np.int64), np.arange(users + 1) * int(one))
+
+
+def _keyed(columns: dict[str, Column]) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(
+        keys=list(columns),
+        values=torch.from_numpy(np.concatenate([column.values for column in columns.values()])),
+        lengths=torch.from_numpy(np.concatenate([column.lengths for column in columns.values()])),
+    )
+
+
+def _context(workers: int) -> str | None:
+    # A fork of a process with running threads may inherit their locks.
+    return "forkserver" if workers else None

@@ -1,0 +1,285 @@
+"""Settings of a training; the only place with its defaults. A YAML file holds the same names in the same sections."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hstu_kernels import AttentionMask
+from hstu_plugin.adapters.torchrec.parquet import OnCorrupt
+from hstu_plugin.adapters.torchrec.schema import FeatureSchema
+from hstu_plugin.config import HSTUConfig, RetrievalConfig
+from hstu_plugin.ranking_config import RankingConfig, TaskConfig
+from hstu_plugin.ultra.load_balance import LoadBalanceConfig
+from hstu_plugin.ultra.stochastic_length import StochasticLengthConfig
+
+
+class TaskName(StrEnum):
+    """``RETRIEVAL``: the next item of every position. ``RANKING``: labels of candidates."""
+
+    RETRIEVAL = "retrieval"
+    RANKING = "ranking"
+
+
+class TableOptimizer(StrEnum):
+    """Optimisers of the tables, fused into the backward pass by FBGEMM. ``AUTO``: rowwise AdamW on CUDA, where it
+    exists, and rowwise Adagrad on CPU.
+    """
+
+    AUTO = "auto"
+    ROWWISE_ADAMW = "rowwise_adamw"
+    ROWWISE_ADAGRAD = "rowwise_adagrad"
+    ADAGRAD = "adagrad"
+    SGD = "sgd"
+
+
+class Precision(StrEnum):
+    """Of the dense part: float32, or bfloat16 autocast. Tables and losses are float32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Resume(StrEnum):
+    """``AUTO``: go on from the newest usable checkpoint, if any. ``NEVER``: start anew; refuses a used folder.
+    ``MUST``: refuse to start without one.
+    """
+
+    AUTO = "auto"
+    NEVER = "never"
+    MUST = "must"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Attributes:
+    train, eval: parquet files: a folder or a glob pattern.
+    batch_size: users of one step over *all* ranks.
+    data_shards: runs the data is cut into (see `stream`); divides ``batch_size``; 0: the largest divisor up to 64.
+        At least the number of ranks; part of the order of the data, so it stays when the number of ranks changes.
+    workers: loading processes of each rank; 0 loads in the training process.
+    bucket_steps: steps in a window of similar lengths. shuffle: draw a new order each epoch.
+    max_history: latest events kept of a history. on_corrupt: files that cannot be read.
+    """
+
+    train: str
+    eval: str | None = None
+    batch_size: int = 128
+    data_shards: int = 0
+    workers: int = 0
+    bucket_steps: int = 16
+    shuffle: bool = True
+    max_history: int = 200
+    on_corrupt: OnCorrupt = OnCorrupt.ERROR
+
+    def __post_init__(self) -> None:
+        _at_least("data.batch_size", self.batch_size, 1)
+        _at_least("data.workers", self.workers, 0)
+        _at_least("data.data_shards", self.data_shards, 0)
+        _at_least("data.max_history", self.max_history, 1)
+        object.__setattr__(self, "on_corrupt", OnCorrupt(self.on_corrupt))
+        if self.data_shards == 0:
+            largest = max(n for n in range(1, min(64, self.batch_size) + 1) if self.batch_size % n == 0)
+            object.__setattr__(self, "data_shards", largest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    """Attributes:
+    dense_lr, dense_weight_decay: AdamW of the dense part. clip_norm: of the dense gradients over all; 0: none.
+    tables: optimiser of the tables. table_lr, table_weight_decay, table_eps, table_betas: its numbers.
+    warmup_steps: the dense learning rate rises linearly over so many steps.
+    """
+
+    dense_lr: float = 1e-3
+    dense_weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    tables: TableOptimizer = TableOptimizer.AUTO
+    table_lr: float = 1e-2
+    table_weight_decay: float = 0.0
+    table_eps: float = 1e-8
+    table_betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tables", TableOptimizer(self.tables))
+        object.__setattr__(self, "table_betas", tuple(self.table_betas))
+        for name in ("dense_lr", "dense_weight_decay", "clip_norm", "table_lr", "table_weight_decay", "table_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"optim.{name}: expected a finite number >= 0, got {value!r} (YAML: write 1.0e-3)")
+        _at_least("optim.warmup_steps", self.warmup_steps, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Attributes:
+    output_dir: checkpoints, TensorBoard files and the result go there; all ranks must see it.
+    epochs: passes over the data. max_steps: stop after so many, 0: no bound.
+    seed: of weights, order, negatives and dropout. precision: of the dense part.
+    checkpoint_every: steps between checkpoints, 0: only at the end and on SIGTERM. keep_checkpoints: the newest.
+    eval_every: steps between evaluations, 0: only at the end. log_every: steps between log lines.
+    resume: whether to go on. timeout_s: a rank that waits longer for the others gives up.
+    top_k: cut-offs of retrieval metrics. tensorboard: write event files.
+    """
+
+    output_dir: str
+    epochs: int = 1
+    max_steps: int = 0
+    seed: int = 0
+    precision: Precision = Precision.FP32
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    log_every: int = 50
+    resume: Resume = Resume.AUTO
+    timeout_s: int = 600
+    top_k: tuple[int, ...] = (10, 50, 200)
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", Precision(self.precision))
+        object.__setattr__(self, "resume", Resume(self.resume))
+        object.__setattr__(self, "top_k", tuple(self.top_k))
+        for name, low in (("epochs", 1), ("max_steps", 0), ("checkpoint_every", 0), ("keep_checkpoints", 1)):
+            _at_least(f"run.{name}", getattr(self, name), low)
+        for name, low in (("eval_every", 0), ("log_every", 1), ("timeout_s", 1)):
+            _at_least(f"run.{name}", getattr(self, name), low)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """All sections of a training's configuration file.
+
+    Attributes:
+        task: what is learned. schema: keys, columns and tables. model: the transducer.
+        retrieval, ranking: the head of the task. data, optim, run: see there.
+        sharding: table name -> sharding types that the planner may choose from (``row_wise``, ``table_wise``,
+            ``column_wise``, ``data_parallel``, ...); tables not named: any.
+        stochastic_length, load_balance: training on parts of long histories, plain or with a budget for each rank.
+    """
+
+    task: TaskName
+    schema: FeatureSchema
+    model: HSTUConfig
+    data: DataOptions
+    run: RunOptions
+    retrieval: RetrievalConfig = field(default_factory=lambda: RetrievalConfig(loss="sampled_softmax"))  # type: ignore[arg-type]
+    ranking: RankingConfig | None = None
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    sharding: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stochastic_length: StochasticLengthConfig | None = None
+    load_balance: LoadBalanceConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.task is TaskName.RANKING and self.ranking is None:
+            raise ValueError("ranking: expected a section with the tasks for task: ranking, got nothing")
+        if self.load_balance is not None and self.stochastic_length is None:
+            raise ValueError("load_balance: needs a section stochastic_length, got none")
+        unknown = sorted(set(self.sharding) - {table.name for table in self.schema.tables})
+        if unknown:
+            raise ValueError(
+                f"sharding: unknown tables {unknown}; known: {[table.name for table in self.schema.tables]}"
+            )
+
+
+def load_options(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainOptions:
+    """Read a YAML file.
+
+    Args:
+        path: of the file. overrides: ``{"run.max_steps": 10}``, values that replace the file's.
+
+    Raises:
+        ValueError: a section or key is unknown, missing or has a wrong value; names it and the file.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path}: expected sections, got {type(plain).__name__}")
+    for name, value in (overrides or {}).items():
+        section, _, key = name.partition(".")
+        if not key:
+            plain[section] = value
+        else:
+            plain[section] = {**(plain.get(section) or {}), key: value}
+    try:
+        return options_from_dict(plain)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def options_from_dict(plain: Mapping[str, Any]) -> TrainOptions:
+    """From plain values, as of a YAML file; ``to_dict`` is the way back.
+
+    Raises:
+        ValueError: a section or key is unknown or missing.
+    """
+    known = {f.name for f in dataclasses.fields(TrainOptions)}
+    unknown = sorted(set(plain) - known)
+    if unknown:
+        raise ValueError(f"unknown sections {unknown}; known: {sorted(known)}")
+    missing = sorted({"task", "schema", "data", "run"} - set(plain))
+    if missing:
+        raise ValueError(f"missing sections {missing}")
+    if plain["task"] not in list(TaskName):
+        raise ValueError(f"task: expected one of {', '.join(TaskName)}, got {plain['task']!r}")
+    model = dict(plain.get("model") or {})
+    if "mask" in model:
+        model["mask"] = _section(AttentionMask, "model.mask", model["mask"])
+    made: dict[str, Any] = {
+        "task": TaskName(plain["task"]),
+        "schema": FeatureSchema.from_dict(plain["schema"]),
+        "model": _section(HSTUConfig, "model", model),
+        "data": _section(DataOptions, "data", plain["data"]),
+        "run": _section(RunOptions, "run", plain["run"]),
+        "optim": _section(OptimOptions, "optim", plain.get("optim")),
+        "sharding": {name: tuple(types) for name, types in (plain.get("sharding") or {}).items()},
+    }
+    if plain.get("retrieval"):
+        made["retrieval"] = _section(RetrievalConfig, "retrieval", plain["retrieval"])
+    if plain.get("ranking"):
+        ranking = dict(plain["ranking"])
+        ranking["tasks"] = [_section(TaskConfig, "ranking.tasks", task) for task in ranking.get("tasks") or ()]
+        made["ranking"] = _section(RankingConfig, "ranking", ranking)
+    for name, cls in (("stochastic_length", StochasticLengthConfig), ("load_balance", LoadBalanceConfig)):
+        if plain.get(name) is not None:
+            made[name] = _section(cls, name, plain[name])
+    return TrainOptions(**made)
+
+
+def to_dict(options: TrainOptions) -> dict[str, Any]:
+    """Plain values, all defaults written out."""
+    from hstu_plugin.records import plain
+
+    written: dict[str, Any] = plain(options)
+    return {name: value for name, value in written.items() if value is not None}
+
+
+def _section(cls: type[Any], name: str, plain: Any) -> Any:
+    plain = {} if plain is None else plain
+    if not isinstance(plain, Mapping):
+        raise ValueError(f"{name}: expected a section of keys, got {plain!r}")
+    known = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(plain) - set(known))
+    if unknown:
+        raise ValueError(f"{name}: unknown keys {unknown}; known: {known}")
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [key for key in needed if key not in plain]
+    if missing:
+        raise ValueError(f"{name}: missing keys {missing}")
+    return cls(**plain)
+
+
+def _at_least(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}: expected an int >= {low}, got {value!r}")

@@ -1,0 +1,1 @@
+"""The TorchX door: jobs from module names. The components themselves are the package ``torchx_components``."""

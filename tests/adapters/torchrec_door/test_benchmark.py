@@ -1,0 +1,49 @@
+"""The scaling benchmark at a tiny size, on gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.distributed import scaling
+from hstu_plugin.adapters.torchrec.benchmark import Sizes, _batch, _flops, matrix_rate
+from hstu_plugin.config import HSTUConfig
+
+from .training import ROOT, environment
+
+TINY = Sizes(users=3, max_seq_len=8, embedding_dim=8, num_layers=1, num_heads=1, rows=50, negatives=4)
+
+
+def test_operations_are_counted_by_length() -> None:
+    config = HSTUConfig(embedding_dim=8, num_layers=1, max_seq_len=8)
+    batch = _batch(TINY, 0)
+    lengths = batch.features["item_id"].lengths().tolist()
+    # Projections of four widths in, one out; attention over i + 1 keys of row i, twice.
+    layer = sum(2 * n * 8 * (4 * 8) + 2 * n * 8 * 8 + 2 * 2 * 8 * n * (n + 1) // 2 for n in lengths)
+    loss = sum(2 * (n - 1) * 4 * 8 for n in lengths)
+    assert _flops(config, batch, TINY) == pytest.approx(3 * (layer + loss), rel=0.05)
+    assert matrix_rate(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_efficiency() -> None:
+    runs = [{"world_size": n, "samples_per_second": s, "mfu": 0.3} for n, s in ((1, 10.0), (2, 18.0))]
+    assert [run["efficiency"] for run in scaling(runs)] == [1.0, 0.9]
+
+
+@pytest.mark.slow
+def test_measures_two_processes(tmp_path: Path) -> None:
+    sizes = ["--users=3", "--max-seq-len=8", "--embedding-dim=8", "--num-layers=1", "--num-heads=1", "--rows=50"]
+    more = ["--negatives=4", "--steps=2", "--warmup=1"]
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.distributed", "--processes", "2", "--output", str(output)]
+    subprocess.run([*command, "--", *sizes, *more], cwd=ROOT, env=environment(), check=True, timeout=200)
+    record = json.loads(output.read_text(encoding="utf-8"))
+    (run,) = record["runs"]
+    assert run["world_size"] == 2 and run["loss_is_finite"] and run["samples_per_second"] > 0 and run["mfu"] > 0
+    assert "row_wise" in run["placement"] and os.path.exists(output)

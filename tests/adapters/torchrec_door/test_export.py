@@ -1,0 +1,113 @@
+"""The padded scoring path: equal to the jagged model, exported, reloaded in a fresh process, compiled ahead of time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hstu_kernels import AttentionMask
+from hstu_plugin.adapters.torchrec.export import PaddedRetrievalScorer, export_scorer
+from hstu_plugin.config import RetrievalConfig, Variant
+from hstu_plugin.losses import normalise
+from hstu_plugin.retrieval import HSTURetrieval
+from hstu_plugin.sequence import JaggedSequence
+
+from .cases import NOW, config, unit_tables
+
+LENGTHS = (3, 0, 7, 12, 1)
+WIDTH, ASKED = 12, 4
+
+
+def core(dtype: torch.dtype = torch.float64, **changes: object) -> HSTURetrieval:
+    torch.manual_seed(1)
+    model = HSTURetrieval(config(**changes), RetrievalConfig()).to(dtype).eval()
+    unit_tables(model.encoder)
+    return model
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    draw = torch.Generator().manual_seed(2)
+    history = torch.randn(len(LENGTHS), WIDTH, 8, generator=draw, dtype=dtype)
+    candidates = torch.randn(len(LENGTHS), ASKED, 8, generator=draw, dtype=dtype)
+    times = NOW + torch.randint(1, 300, (len(LENGTHS), WIDTH), generator=draw).cumsum(1)
+    return history, torch.tensor(LENGTHS), candidates, times, times[:, -1] + 999
+
+
+def jagged_scores(model: HSTURetrieval, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    history, lengths, candidates, times, asked_at = given
+    seq = JaggedSequence.from_padded(history, lengths, times)
+    users = model(seq, asked_at)
+    return torch.einsum("bd,bmd->bm", users, normalise(candidates, "l2")) / model.retrieval.temperature
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"row_time": "event"},
+        {"time_bias": False, "position_embedding": False},
+        {"mask": AttentionMask(max_attn_len=2, full_attn_tail_len=2)},
+    ],
+    ids=["default", "event-time", "plain", "semi-local"],
+)
+def test_padded_scores_are_the_jagged_models(variant: Variant, changes: dict[str, object]) -> None:
+    model, given = core(variant=variant, **changes), inputs()
+    torch.testing.assert_close(
+        PaddedRetrievalScorer(model)(*given), jagged_scores(model, given), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_what_lies_behind_the_lengths_does_not_matter() -> None:
+    scorer, given = PaddedRetrievalScorer(core()), inputs()
+    padded = torch.arange(WIDTH)[None, :] >= given[1][:, None]
+    moved = (given[0].masked_fill(padded[..., None], 9.0), *given[1:3], given[3].masked_fill(padded, 0), given[4])
+    torch.testing.assert_close(scorer(*moved), scorer(*given), rtol=0, atol=0)
+
+
+RELOAD = """
+import sys, torch
+program = torch.export.load(sys.argv[1])
+given, wanted = torch.load(sys.argv[2], weights_only=True)
+for users in (1, len(given[0])):
+    got = program.module()(*(x[:users] for x in given))
+    torch.testing.assert_close(got, wanted[:users], rtol=1e-5, atol=1e-5)
+assert not any(name.startswith(("hstu_kernels", "torchrec")) for name in sys.modules)
+print("equal")
+"""
+
+
+def test_exported_program_runs_in_a_fresh_process_without_us(tmp_path: Path) -> None:
+    scorer, given = PaddedRetrievalScorer(core(torch.float32)), inputs(torch.float32)
+    torch.export.save(export_scorer(scorer, history_len=WIDTH, num_candidates=ASKED), tmp_path / "scorer.pt2")
+    torch.save((given, scorer(*given).detach()), tmp_path / "case.pt")
+    environment = {"PATH": os.environ["PATH"], "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(tmp_path / "scorer.pt2"), str(tmp_path / "case.pt")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "equal"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++, and there is no g++")
+def test_compiled_ahead_of_time(tmp_path: Path) -> None:
+    scorer, given = PaddedRetrievalScorer(core(torch.float32, num_layers=1)), inputs(torch.float32)
+    program = export_scorer(scorer, history_len=WIDTH, num_candidates=ASKED)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "scorer.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for users in (len(LENGTHS), 2):
+        part = tuple(x[:users] for x in given)
+        torch.testing.assert_close(compiled(*part), scorer(*part), rtol=1e-4, atol=1e-4)
