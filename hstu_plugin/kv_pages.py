@@ -129,13 +129,16 @@ class KVPages:
                 slab.times.index_copy_(0, here, times if mine is None else times[mine])
 
     def restore(self, rows: Tensor, content: Rows) -> None:
-        """Put back what `read` gave."""
+        """Put back what `read` gave, from wherever it is."""
+        device = self.shape.device
+        k, v = content.k.to(device, non_blocking=True), content.v.to(device, non_blocking=True)
+        times = None if content.times is None else content.times.to(device, non_blocking=True)
         for slab, here, mine in self._by_slab(rows):
             pick = slice(None) if mine is None else mine
-            slab.k.index_copy_(1, here, content.k[:, pick].to(slab.k.device, non_blocking=True))
-            slab.v.index_copy_(1, here, content.v[:, pick].to(slab.v.device, non_blocking=True))
-            if slab.times is not None and content.times is not None:
-                slab.times.index_copy_(0, here, content.times[pick].to(slab.times.device, non_blocking=True))
+            slab.k.index_copy_(1, here, k[:, pick])
+            slab.v.index_copy_(1, here, v[:, pick])
+            if slab.times is not None and times is not None:
+                slab.times.index_copy_(0, here, times[pick])
 
     def read(self, rows: Tensor) -> Rows:
         """The content of ``rows [R]``: a view where they lie side by side, otherwise a copy. Not to be written to."""

@@ -107,7 +107,8 @@ def _integer_bytes(chunk: Tensor, row_format: RowFormat, choice: RowRange, begin
 
 
 def _fp8_bytes(chunk: Tensor) -> Tensor:
-    scale = chunk.abs().amax(1, keepdim=True) / FP8_MAX
+    # A tensor as divisor: by a plain number a GPU divides through its reciprocal, and the last bit may differ.
+    scale = chunk.abs().amax(1, keepdim=True) / chunk.new_full((), FP8_MAX)
     scale = torch.where(scale == 0, 1.0, scale)
     # Beyond the largest number the cast gives NaN, and the division may round up to just there.
     codes = (chunk / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)

@@ -9,10 +9,13 @@ from hstu_kernels.attention.triton.schedule import TritonPlan, plan_triton
 
 __all__ = ["TritonPlan", "interpreting", "plan_triton", "triton_installed"]
 
+# Looked up once, here: a compiler cannot trace the search.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def triton_installed() -> bool:
     """Whether ``import triton`` would find a package."""
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
 def interpreting() -> bool:

@@ -265,8 +265,8 @@ def describable(tensors: tuple[Tensor, ...]) -> bool:
             and x.data_ptr() % 16 == 0
             and x.stride(0) % 8 == 0
             and x.stride(1) % 8 == 0
-            # Rows and columns are 32-bit in a descriptor.
-            and x.shape[0] < 1 << 31
+            # Rows and columns are 32-bit in a descriptor, and it wants some.
+            and 0 < x.shape[0] < 1 << 31
             for x in tensors
         )
         and (interpreting() or torch.cuda.get_device_capability(tensors[0].device) >= (9, 0))

@@ -110,9 +110,13 @@ def add_bias(logits, rows, cols, row_times, key_times, history_end, pos_ptr, tim
 
 @triton.jit
 def load_times(times_ptr, seq_start, indices, seq_len, SHAPE: tl.constexpr):
-    """int64 seconds of rows ``indices`` of a sequence; behind its end the last row's, so that no bucket is far off."""
+    """int64 seconds of rows ``indices`` of a sequence; behind its end the last row's, so that no bucket is far off.
+
+    Of an empty sequence nothing is read: its times may begin where memory does.
+    """
     if SHAPE.buckets >= 0:
-        times = tl.load(times_ptr + seq_start + tl.minimum(indices, seq_len - 1))
+        last = tl.minimum(indices, seq_len - 1)
+        times = tl.load(times_ptr + seq_start + last, mask=last >= 0, other=0)
     else:
         # Not read: without a time table no bucket is asked for.
         times = indices
