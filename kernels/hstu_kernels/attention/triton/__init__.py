@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
+
 from hstu_kernels.attention.triton.schedule import TritonPlan, plan_triton
 
 __all__ = ["TritonPlan", "interpreting", "plan_triton", "triton_installed"]
 
-# Looked up once, here: a compiler cannot trace the search.
-_INSTALLED = importlib.util.find_spec("triton") is not None
 
-
+# A compiler cannot trace the search; it may take the answer as it is.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_installed() -> bool:
     """Whether ``import triton`` would find a package."""
-    return _INSTALLED
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
