@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hstu_kernels import AttentionMask, JaggedLayout
 from hstu_kernels.attention.triton import plan_triton
-from hstu_kernels.attention.triton.schedule import EDGE_SEGMENTS, FULL_SEGMENTS, HEADER
+from hstu_kernels.attention.triton.schedule import EDGE_SEGMENTS, FULL_SEGMENTS, HEADER, block_spans
 from hstu_kernels.testing import ATTENTION_CASES, AttentionCase
 
 
@@ -131,3 +131,18 @@ def test_empty_batches_have_no_work() -> None:
         plan = plan_triton(layout, AttentionMask(), None, 0)
         assert not plan.query_work(64, 64).any()
         assert not plan.key_work(64, 64).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=5), st.sampled_from([1, 4, 16]), st.integers(0, 2**32))
+def test_spans_of_blocks(lengths: list[int], block: int, seed: int) -> None:
+    layout = JaggedLayout.from_lengths(torch.tensor(lengths, dtype=torch.int64))
+    generator = torch.Generator().manual_seed(seed)
+    limits = torch.iinfo(torch.int64)
+    times = torch.randint(limits.min, limits.max, (sum(lengths),), generator=generator)
+    spans = block_spans(times, layout, block)
+    assert spans.shape == (sum(lengths), 2)
+    for start, length in zip(layout.seq_offsets.tolist(), lengths, strict=False):
+        for begin in range(start, start + length, block):
+            own = times[begin : min(begin + block, start + length)]
+            assert spans[begin].tolist() == [int(own.min()), int(own.max())]

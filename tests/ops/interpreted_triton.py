@@ -43,7 +43,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_interprete
 torch.set_num_threads(1)
 
 # Small blocks: many tiles, edges of every kind, in short sequences.
-SMALL = TileSet(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(32, 32, 4, 2))
+SMALL = TileSet(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1))
 
 
 def attention(
@@ -114,6 +114,11 @@ def operator_arguments(inputs: AttentionInputs) -> tuple[object, ...]:
     fields = ops._fields(inputs.mask)
     keys = ops.work_keys(inputs.q.shape[2], inputs.v.shape[2], inputs.q.dtype, inputs.bias is not None)
     work = [ops.attention_work(*geometry, *fields, inputs.q.shape[0], *key) for key in keys]
+    if bias.time_table is not None:
+        assert bias.timestamps is not None
+        asked = (bias.timestamps, bias.row_timestamps)
+        for side, block in ops.span_keys(inputs.q.shape[2], inputs.v.shape[2], inputs.q.dtype):
+            work.append(ops.attention_spans(*asked, *geometry, side, block))
     leaves = [
         x if x is None else x.detach().clone().requires_grad_()
         for x in (inputs.q, inputs.k, inputs.v, bias.pos_table, bias.time_table)

@@ -17,7 +17,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", ["interpreted_schedule.py", "interpreted_triton.py", "interpreted_layer.py"])
+@pytest.mark.parametrize(
+    "file", ["interpreted_schedule.py", "interpreted_triton.py", "interpreted_bias.py", "interpreted_layer.py"]
+)
 def test_kernels_in_the_interpreter(file: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)],

@@ -1,9 +1,10 @@
 """The attention as operators of the dispatcher: what ``torch.compile``, ``torch.export`` and graph capture see of it.
 
 Only tensors and numbers cross the boundary: the fields of `JaggedLayout`, `AttentionMask` and `RelativeBias` one by
-one, and for Triton the work lists. A list is an operator of its own, so that a compiler computes it once for all
-layers; its length is known from the shapes, so that nothing waits for the device. The backend travels as a string:
-each operator is registered once, for every device, and runs the backend it is told to. Imports no Triton.
+one, and for Triton the work lists and behind them the spans of time. Each of these is an operator of its own, so that a
+compiler computes it once for all layers; its length is known from the shapes, so that nothing waits for the device. The
+backend travels as a string: each operator is registered once, for every device, and runs the backend it is told to.
+Imports no Triton.
 
 Values inside ``seq_offsets`` and ``num_targets`` are not checked here: a traced program cannot look at them.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hstu_kernels.attention.eager import eager_backward, eager_forward, plan_eager
 from hstu_kernels.attention.triton import TritonPlan, plan_triton
-from hstu_kernels.attention.triton.schedule import LINE, list_length
+from hstu_kernels.attention.triton.schedule import LINE, block_spans, list_length
 from hstu_kernels.attention.triton.tiles import tile_set
 from hstu_kernels.backend import Backend, UnsupportedBackend
 from hstu_kernels.bias import RelativeBias, bucket_boundaries, next_event_timestamps
@@ -63,6 +64,10 @@ def operator_attention(
         biased = bias.pos_table is not None or bias.time_table is not None
         for side, block_m, block_n in work_keys(q.shape[2], v.shape[2], q.dtype, biased):
             work.append(attention_work(*geometry, *structure, q.shape[0], side, block_m, block_n))
+        if bias.time_table is not None:
+            asked = (bias.timestamps, bias.row_timestamps)
+            for side, block in span_keys(q.shape[2], v.shape[2], q.dtype):
+                work.append(attention_spans(*asked, *geometry, side, block))
     times = (bias.timestamps, bias.row_timestamps) if bias.time_table is not None else (None, None)
     tables = (bias.pos_table, bias.time_table)
     out: Tensor = attention_forward(
@@ -78,6 +83,13 @@ def work_keys(qk_dim: int, v_dim: int, dtype: torch.dtype, biased: bool) -> tupl
     if biased:
         sides.append(("query", tiles.bias))
     return tuple(dict.fromkeys((side, tile.block_m, tile.block_n) for side, tile in sides))
+
+
+def span_keys(qk_dim: int, v_dim: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """Sides and blocks of the spans of time that the kernels of these widths read, each once."""
+    tiles = tile_set(qk_dim, v_dim, dtype, biased=True)
+    sides = [("key", tiles.forward.block_n), ("key", tiles.dq.block_n), ("query", tiles.dkdv.block_m)]
+    return tuple(dict.fromkeys(sides))
 
 
 def _fields(mask: AttentionMask) -> tuple[int, int, int, bool, bool]:
@@ -114,6 +126,27 @@ def _(seq_offsets: Tensor, num_targets: Tensor | None, contextual_seq_len: int, 
     own = block_m if side == "query" else block_n
     lines = list_length(total_rows, seq_offsets.shape[0] - 1, own)
     return seq_offsets.new_empty(lines, LINE)
+
+
+@torch.library.custom_op(
+    "hstu_kernels::attention_spans",
+    mutates_args=(),
+    schema=f"(Tensor timestamps, Tensor? row_timestamps, {_GEOMETRY}, str side, int block) -> Tensor",
+)
+def attention_spans(timestamps: Tensor, row_timestamps: Tensor | None, *others: Any) -> Tensor:
+    """``[L, 2]`` int64: the earliest and latest time of each block of one side."""
+    seq_offsets, num_targets, _, side, block = others
+    layout = JaggedLayout(seq_offsets, timestamps.shape[0], num_targets)
+    return block_spans(timestamps if side == "key" else _asked(timestamps, row_timestamps, layout), layout, block)
+
+
+@attention_spans.register_fake
+def _(timestamps: Tensor, row_timestamps: Tensor | None, *others: Any) -> Tensor:
+    return timestamps.new_empty(timestamps.shape[0], 2)
+
+
+def _asked(timestamps: Tensor, row_timestamps: Tensor | None, layout: JaggedLayout) -> Tensor:
+    return next_event_timestamps(timestamps, layout) if row_timestamps is None else row_timestamps
 
 
 @torch.library.custom_op("hstu_kernels::attention_forward", mutates_args=(), schema=f"({_CALL}, {_NUMBERS}) -> Tensor")
@@ -206,14 +239,17 @@ class _Call:
         q, _, v, _, time_table = self.tensors
         assert q is not None and v is not None
         asked = known = bounds = None
+        keys: tuple[Any, ...] = work_keys(q.shape[2], v.shape[2], q.dtype, self.bias is not None)
+        lists = dict(zip(keys, self.work, strict=False))
+        spans = {}
         if self.bias is not None and time_table is not None:
-            known, asked = self.bias.timestamps, self.bias.row_timestamps
+            known = self.bias.timestamps
             assert known is not None
-            asked = next_event_timestamps(known, self.layout) if asked is None else asked
-            asked, known, bounds = asked.contiguous(), known.contiguous(), _boundaries(self.bias.num_buckets, q.device)
-        keys = work_keys(q.shape[2], v.shape[2], q.dtype, self.bias is not None)
-        lists = dict(zip(keys, self.work, strict=True))
-        return TritonPlan(self.layout, self.mask, asked, known, bounds, q.shape[0], lists)
+            asked = _asked(known, self.bias.row_timestamps, self.layout).contiguous()
+            known, bounds = known.contiguous(), _boundaries(self.bias.num_buckets, q.device)
+            keys = span_keys(q.shape[2], v.shape[2], q.dtype)
+            spans = dict(zip(keys, self.work[len(lists) :], strict=True))
+        return TritonPlan(self.layout, self.mask, asked, known, bounds, q.shape[0], lists, spans=spans)
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from hstu_kernels.attention.triton.primitives import (
-    add_bias,
     edge_begin,
     full_begin,
     load_edge,
@@ -21,11 +20,14 @@ from hstu_kernels.attention.triton.primitives import (
     store_tile,
     visible,
 )
+from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span
+from hstu_kernels.attention.triton.rab_grad import add_few_times, add_positions
 
 
 @triton.jit
 def _add_keys(
     acc,
+    time_sums,
     q,
     dout,
     k_ptr,
@@ -37,8 +39,13 @@ def _add_keys(
     k_column,
     v_column,
     begin,
+    row_begin,
     rows,
     row_times,
+    row_low,
+    row_high,
+    key_low,
+    key_high,
     seq_start,
     seq_len,
     history_end,
@@ -46,12 +53,16 @@ def _add_keys(
     time_ptr,
     bounds_ptr,
     key_times_ptr,
+    pos_sums_ptr,
     alpha,
     SHAPE: tl.constexpr,
     MASK: tl.constexpr,
+    ENTRIES: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """``acc [M, Dqk]`` plus what the key block at ``begin`` adds to ``dq / (alpha scale)``."""
+    """``acc [M, Dqk]`` plus what the key block at ``begin`` adds to ``dq / (alpha scale)``, and the same of
+    ``time_sums [ENTRIES]``, the gradient of the time table; that of the position table goes to ``pos_sums_ptr``.
+    """
     BLOCK_N: tl.constexpr = SHAPE.block_n
     cols = begin + tl.arange(0, BLOCK_N)
     # [N, Dqk], [N, Dv]
@@ -83,26 +94,52 @@ def _add_keys(
         EDGE,
         SHAPE.descriptors,
     )
-    key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
     # [M, N]
-    logits = tl.dot(q, tl.trans(k), input_precision=SHAPE.precision) * alpha
-    logits = add_bias(
-        logits,
+    rab = block_bias(
         rows[:, None],
         cols[None, :],
-        row_times[:, None],
-        key_times[None, :],
+        row_times,
+        key_times_ptr,
+        seq_start,
+        seq_len,
         history_end,
+        row_low,
+        row_high,
+        key_low,
+        key_high,
         pos_ptr,
         time_ptr,
         bounds_ptr,
         SHAPE,
+        True,
     )
+    logits = tl.dot(q, tl.trans(k), rab, input_precision=SHAPE.precision) * alpha
     _, slope = silu_and_slope(logits, SHAPE)
     slope *= tl.dot(dout, tl.trans(v), input_precision=SHAPE.precision)
     if EDGE:
         slope = tl.where(visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK), slope, 0.0)
-    return tl.dot(slope.to(k.dtype), k, acc, input_precision=SHAPE.precision)
+    acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=SHAPE.precision)
+    if ENTRIES > 0:
+        time_sums = add_few_times(
+            time_sums,
+            slope,
+            rows[:, None],
+            cols[None, :],
+            row_times,
+            key_times_ptr,
+            seq_start,
+            seq_len,
+            row_low,
+            row_high,
+            key_low,
+            key_high,
+            bounds_ptr,
+            SHAPE,
+            ENTRIES,
+        )
+    if pos_sums_ptr is not None:
+        add_positions(pos_sums_ptr, slope, rows, cols, row_begin, begin, history_end, SHAPE)
+    return acc, time_sums
 
 
 @triton.jit
@@ -119,6 +156,9 @@ def hstu_bwd_dq_kernel(
     bounds_ptr,
     row_times_ptr,
     key_times_ptr,
+    key_spans_ptr,
+    pos_sums_ptr,
+    time_sums_ptr,
     work_ptr,
     q_row_stride,
     q_head_stride,
@@ -130,8 +170,15 @@ def hstu_bwd_dq_kernel(
     scale,
     SHAPE: tl.constexpr,
     MASK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
-    """``dq [L, H, Dqk]`` (contiguous, as ``dout [L, H, Dv]``); one program for each query tile and head."""
+    """``dq [L, H, Dqk]`` (contiguous, as ``dout [L, H, Dv]``); one program for each query tile and head.
+
+    Without the factor ``scale`` also the gradients of the tables, each where its pointer is given:
+    ``pos_sums [COPIES, 2N - 1]``, copies that programs share, and ``time_sums [programs, ENTRIES]``, a line for each,
+    of the blocks that span few time buckets; `hstu_bwd_bias_kernel` adds the others. ENTRIES is 0 without the latter.
+    """
     HEADS: tl.constexpr = SHAPE.heads
     BLOCK_M: tl.constexpr = SHAPE.block_m
     BLOCK_N: tl.constexpr = SHAPE.block_n
@@ -149,16 +196,27 @@ def hstu_bwd_dq_kernel(
 
     rows = row_begin + tl.arange(0, BLOCK_M)
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
+    row_low, row_high = own_span(row_times, SHAPE)
     # [M, Dqk], [M, Dv]
     q = load_tile(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
     dout = load_tile(dout_ptr, V_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, True)
     acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
+    time_sums = tl.zeros([ENTRIES if ENTRIES > 0 else 1], tl.float32)
+    if pos_sums_ptr is not None:
+        pos_sums_ptr += (program % COPIES).to(tl.int64) * (2 * SHAPE.reach + 1)
 
     full0, blocks0, full1, blocks = load_full(line)
+    key_low, key_high = load_span(
+        key_spans_ptr, seq_start, full_begin(0, full0, blocks0, full1, BLOCK_N), seq_len, SHAPE
+    )
     for i in range(blocks):
         begin = full_begin(i, full0, blocks0, full1, BLOCK_N)
-        acc = _add_keys(
+        following = load_span(
+            key_spans_ptr, seq_start, full_begin(i + 1, full0, blocks0, full1, BLOCK_N), seq_len, SHAPE
+        )
+        acc, time_sums = _add_keys(
             acc,
+            time_sums,
             q,
             dout,
             k_ptr,
@@ -170,8 +228,13 @@ def hstu_bwd_dq_kernel(
             head * k_head_stride,
             head * v_head_stride,
             begin,
+            row_begin,
             rows,
             row_times,
+            row_low,
+            row_high,
+            key_low,
+            key_high,
             seq_start,
             seq_len,
             history_end,
@@ -179,16 +242,26 @@ def hstu_bwd_dq_kernel(
             time_ptr,
             bounds_ptr,
             key_times_ptr,
+            pos_sums_ptr,
             alpha,
             SHAPE,
             MASK,
+            ENTRIES,
             False,
         )
+        key_low, key_high = following
     e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
+    key_low, key_high = load_span(
+        key_spans_ptr, seq_start, edge_begin(0, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N), seq_len, SHAPE
+    )
     for i in range(n4):
         begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
-        acc = _add_keys(
+        following = load_span(
+            key_spans_ptr, seq_start, edge_begin(i + 1, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N), seq_len, SHAPE
+        )
+        acc, time_sums = _add_keys(
             acc,
+            time_sums,
             q,
             dout,
             k_ptr,
@@ -200,8 +273,13 @@ def hstu_bwd_dq_kernel(
             head * k_head_stride,
             head * v_head_stride,
             begin,
+            row_begin,
             rows,
             row_times,
+            row_low,
+            row_high,
+            key_low,
+            key_high,
             seq_start,
             seq_len,
             history_end,
@@ -209,11 +287,16 @@ def hstu_bwd_dq_kernel(
             time_ptr,
             bounds_ptr,
             key_times_ptr,
+            pos_sums_ptr,
             alpha,
             SHAPE,
             MASK,
+            ENTRIES,
             True,
         )
+        key_low, key_high = following
+    if ENTRIES > 0:
+        tl.store(time_sums_ptr + program.to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES), time_sums)
     store_tile(dq_ptr, acc * (alpha * scale), QK_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk)
 
 
@@ -233,6 +316,10 @@ def _add_rows(
     begin,
     cols,
     key_times,
+    row_low,
+    row_high,
+    key_low,
+    key_high,
     seq_start,
     seq_len,
     history_end,
@@ -278,21 +365,26 @@ def _add_rows(
         EDGE,
         SHAPE.descriptors,
     )
-    row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     # [N, M]
-    logits = tl.dot(k, tl.trans(q), input_precision=SHAPE.precision) * alpha
-    logits = add_bias(
-        logits,
+    rab = block_bias(
         rows[None, :],
         cols[:, None],
-        row_times[None, :],
-        key_times[:, None],
+        key_times,
+        row_times_ptr,
+        seq_start,
+        seq_len,
         history_end,
+        row_low,
+        row_high,
+        key_low,
+        key_high,
         pos_ptr,
         time_ptr,
         bounds_ptr,
         SHAPE,
+        False,
     )
+    logits = tl.dot(k, tl.trans(q), rab, input_precision=SHAPE.precision) * alpha
     weights, slope = silu_and_slope(logits, SHAPE)
     slope *= tl.dot(v, tl.trans(dout), input_precision=SHAPE.precision)
     if EDGE:
@@ -319,6 +411,7 @@ def hstu_bwd_dkdv_kernel(
     bounds_ptr,
     row_times_ptr,
     key_times_ptr,
+    row_spans_ptr,
     work_ptr,
     q_row_stride,
     q_head_stride,
@@ -351,6 +444,7 @@ def hstu_bwd_dkdv_kernel(
 
     cols = key_begin + tl.arange(0, BLOCK_N)
     key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
+    key_low, key_high = own_span(key_times, SHAPE)
     # [N, Dqk], [N, Dv]
     k = load_tile(k_ptr, k_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, True)
     v = load_tile(v_ptr, v_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, True)
@@ -358,8 +452,14 @@ def hstu_bwd_dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
     full0, blocks0, full1, blocks = load_full(line)
+    row_low, row_high = load_span(
+        row_spans_ptr, seq_start, full_begin(0, full0, blocks0, full1, BLOCK_M), seq_len, SHAPE
+    )
     for i in range(blocks):
         begin = full_begin(i, full0, blocks0, full1, BLOCK_M)
+        following = load_span(
+            row_spans_ptr, seq_start, full_begin(i + 1, full0, blocks0, full1, BLOCK_M), seq_len, SHAPE
+        )
         dk, dv = _add_rows(
             dk,
             dv,
@@ -375,6 +475,10 @@ def hstu_bwd_dkdv_kernel(
             begin,
             cols,
             key_times,
+            row_low,
+            row_high,
+            key_low,
+            key_high,
             seq_start,
             seq_len,
             history_end,
@@ -387,9 +491,16 @@ def hstu_bwd_dkdv_kernel(
             MASK,
             False,
         )
+        row_low, row_high = following
     e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
+    row_low, row_high = load_span(
+        row_spans_ptr, seq_start, edge_begin(0, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_M), seq_len, SHAPE
+    )
     for i in range(n4):
         begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_M)
+        following = load_span(
+            row_spans_ptr, seq_start, edge_begin(i + 1, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_M), seq_len, SHAPE
+        )
         dk, dv = _add_rows(
             dk,
             dv,
@@ -405,6 +516,10 @@ def hstu_bwd_dkdv_kernel(
             begin,
             cols,
             key_times,
+            row_low,
+            row_high,
+            key_low,
+            key_high,
             seq_start,
             seq_len,
             history_end,
@@ -417,5 +532,6 @@ def hstu_bwd_dkdv_kernel(
             MASK,
             True,
         )
+        row_low, row_high = following
     store_tile(dk_ptr, dk * (alpha * scale), QK_STRIDE, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk)
     store_tile(dv_ptr, dv * scale, V_STRIDE, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v)

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from hstu_kernels.attention.triton.primitives import (
-    add_bias,
     edge_begin,
     full_begin,
     load_edge,
@@ -17,6 +16,7 @@ from hstu_kernels.attention.triton.primitives import (
     store_tile,
     visible,
 )
+from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span
 
 
 @triton.jit
@@ -34,6 +34,10 @@ def _add_keys(
     begin,
     rows,
     row_times,
+    row_low,
+    row_high,
+    key_low,
+    key_high,
     seq_start,
     seq_len,
     history_end,
@@ -78,21 +82,26 @@ def _add_keys(
         EDGE,
         SHAPE.descriptors,
     )
-    key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
     # [M, N]
-    logits = tl.dot(q, tl.trans(k), input_precision=SHAPE.precision) * alpha
-    logits = add_bias(
-        logits,
+    rab = block_bias(
         rows[:, None],
         cols[None, :],
-        row_times[:, None],
-        key_times[None, :],
+        row_times,
+        key_times_ptr,
+        seq_start,
+        seq_len,
         history_end,
+        row_low,
+        row_high,
+        key_low,
+        key_high,
         pos_ptr,
         time_ptr,
         bounds_ptr,
         SHAPE,
+        True,
     )
+    logits = tl.dot(q, tl.trans(k), rab, input_precision=SHAPE.precision) * alpha
     weights = silu(logits, SHAPE)
     if EDGE:
         weights = tl.where(visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK), weights, 0.0)
@@ -112,6 +121,7 @@ def hstu_fwd_kernel(
     bounds_ptr,
     row_times_ptr,
     key_times_ptr,
+    key_spans_ptr,
     work_ptr,
     q_row_stride,
     q_head_stride,
@@ -138,13 +148,20 @@ def hstu_fwd_kernel(
 
     rows = row_begin + tl.arange(0, BLOCK_M)
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
+    row_low, row_high = own_span(row_times, SHAPE)
     # [M, Dqk], [M, Dv]
     q = load_tile(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
     full0, blocks0, full1, blocks = load_full(line)
+    key_low, key_high = load_span(
+        key_spans_ptr, seq_start, full_begin(0, full0, blocks0, full1, BLOCK_N), seq_len, SHAPE
+    )
     for i in range(blocks):
         begin = full_begin(i, full0, blocks0, full1, BLOCK_N)
+        following = load_span(
+            key_spans_ptr, seq_start, full_begin(i + 1, full0, blocks0, full1, BLOCK_N), seq_len, SHAPE
+        )
         acc = _add_keys(
             acc,
             q,
@@ -159,6 +176,10 @@ def hstu_fwd_kernel(
             begin,
             rows,
             row_times,
+            row_low,
+            row_high,
+            key_low,
+            key_high,
             seq_start,
             seq_len,
             history_end,
@@ -171,9 +192,16 @@ def hstu_fwd_kernel(
             MASK,
             False,
         )
+        key_low, key_high = following
     e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
+    key_low, key_high = load_span(
+        key_spans_ptr, seq_start, edge_begin(0, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N), seq_len, SHAPE
+    )
     for i in range(n4):
         begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
+        following = load_span(
+            key_spans_ptr, seq_start, edge_begin(i + 1, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N), seq_len, SHAPE
+        )
         acc = _add_keys(
             acc,
             q,
@@ -188,6 +216,10 @@ def hstu_fwd_kernel(
             begin,
             rows,
             row_times,
+            row_low,
+            row_high,
+            key_low,
+            key_high,
             seq_start,
             seq_len,
             history_end,
@@ -200,6 +232,7 @@ def hstu_fwd_kernel(
             MASK,
             True,
         )
+        key_low, key_high = following
     OUT_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
     out_ptr += seq_start * OUT_STRIDE + head * SHAPE.v_dim
     store_tile(out_ptr, acc * scale, OUT_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v)

@@ -22,6 +22,8 @@ from hstu_kernels.bias import RelativeBias
 POSITION_COPIES = 32
 # Offsets inside a tile are int32: 256 rows of a stride below this never overflow.
 _LARGEST_STRIDE = 1 << 22
+# Beneath it a logit's product is nothing beside any bias.
+_LEAST_ALPHA = 2.0**-100
 
 
 def triton_attention(
@@ -82,6 +84,7 @@ def triton_forward(
     tiles: TileSet,
 ) -> Tensor:
     """The forward alone, outside autograd."""
+    q, alpha = _divisible(q, alpha)
     q, k, v = addressable(q), addressable(k), addressable(v)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     tile = tiles.forward
@@ -94,7 +97,8 @@ def triton_forward(
             v,
             out,
             *descriptors(shape, (k, v), tile.block_n),
-            *_bias_arguments(pos_table, time_table, plan),
+            *_bias_arguments(pos_table, time_table, plan, alpha),
+            plan.block_spans("key", tile.block_n),
             work,
             *strides(q, k, v),
             alpha,
@@ -122,11 +126,16 @@ def triton_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and the two tables, outside autograd; ``None`` where ``needed`` says no."""
     need_q, need_k, need_v, need_pos, need_time = needed
+    q, divisor = _divisible(q, alpha)
+    vanishes, alpha = divisor != alpha, divisor
     q, k, v, grad = addressable(q), addressable(k), addressable(v), grad.contiguous()
-    common = _bias_arguments(pos_table, time_table, plan)
+    common = _bias_arguments(pos_table, time_table, plan, alpha)
     steps = strides(q, k, v)
-    dq = dk = dv = dpos = dtime = None
-    if need_q:
+    dq = dk = dv = None
+    pos_sums, time_sums = _table_sums(
+        q, pos_table if need_pos else None, time_table if need_time else None, plan, tiles
+    )
+    if need_q or need_pos or need_time:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         tile = tiles.dq
         work = plan.query_work(tile.block_m, tile.block_n)
@@ -140,12 +149,17 @@ def triton_backward(
                 dq,
                 *descriptors(shape, (k, v), tile.block_n),
                 *common,
+                plan.block_spans("key", tile.block_n),
+                pos_sums,
+                time_sums,
                 work,
                 *steps,
                 alpha,
                 scale,
                 SHAPE=shape,
                 MASK=plan.mask,
+                ENTRIES=0 if time_sums is None else time_sums.shape[1],
+                COPIES=POSITION_COPIES,
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
@@ -165,6 +179,7 @@ def triton_backward(
                 dv,
                 *descriptors(shape, (q, grad), tile.block_m),
                 *common,
+                plan.block_spans("query", tile.block_m),
                 work,
                 *steps,
                 alpha,
@@ -174,58 +189,54 @@ def triton_backward(
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
-    if need_pos or need_time:
-        dpos, dtime = _table_gradients(q, k, v, grad, pos_table, time_table, plan, alpha, scale, tiles.bias)
-    return dq, dk, dv, dpos, dtime
-
-
-def _table_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    pos_table: Tensor | None,
-    time_table: Tensor | None,
-    plan: TritonPlan,
-    alpha: float,
-    scale: float,
-    tile: Tile,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Partial sums in float32 by the kernel, added up in float64 here."""
-    work = plan.query_work(tile.block_m, tile.block_n)
-    shape = _kernel_shape(q, v, (), pos_table, time_table, plan, tile)
-    entries = padded_width(shape.buckets + 1)
-    pos_sums = time_sums = None
-    if pos_table is not None:
-        pos_sums = torch.zeros(POSITION_COPIES, pos_table.numel(), dtype=torch.float32, device=q.device)
-    if time_table is not None:
-        time_sums = torch.zeros(work.shape[0], entries, dtype=torch.float32, device=q.device)
-    if q.numel():
+    if time_sums is not None and q.numel():
+        tile = tiles.bias
+        work = plan.query_work(tile.block_m, tile.block_n)
         hstu_bwd_bias_kernel[(work.shape[0],)](
             q,
             k,
             v,
             grad,
-            pos_sums,
-            time_sums,
-            *_bias_arguments(pos_table, time_table, plan),
+            time_sums[work.shape[0] * q.shape[1] :],
+            *common,
+            plan.block_spans("key", tile.block_n),
             work,
-            *strides(q, k, v),
+            *steps,
             alpha,
-            SHAPE=shape,
+            SHAPE=_kernel_shape(q, v, (), pos_table, time_table, plan, tile),
             MASK=plan.mask,
-            ENTRIES=entries,
-            COPIES=POSITION_COPIES,
+            ENTRIES=time_sums.shape[1],
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    dpos = dtime = None
-    if pos_table is not None and pos_sums is not None:
-        dpos = (pos_sums.sum(0, dtype=torch.float64) * scale).to(pos_table.dtype)
-    if time_table is not None and time_sums is not None:
-        total = time_sums.sum(0, dtype=torch.float64)[: time_table.numel()]
-        dtime = (total * scale).to(time_table.dtype)
-    return dpos, dtime
+    if vanishes and dq is not None:
+        dq.zero_()
+    dpos, dtime = _add_up(pos_sums, pos_table, scale), _add_up(time_sums, time_table, scale)
+    return dq if need_q else None, dk, dv, dpos, dtime
+
+
+def _table_sums(
+    q: Tensor, pos_table: Tensor | None, time_table: Tensor | None, plan: TritonPlan, tiles: TileSet
+) -> tuple[Tensor | None, Tensor | None]:
+    """Partial sums in float32: ``[POSITION_COPIES, 2N - 1]`` that programs add to, and a line for each program.
+
+    The lines are those of `hstu_bwd_dq_kernel` and, behind them, those of `hstu_bwd_bias_kernel`.
+    """
+    pos_sums = time_sums = None
+    if pos_table is not None:
+        pos_sums = torch.zeros(POSITION_COPIES, pos_table.numel(), dtype=torch.float32, device=q.device)
+    if time_table is not None:
+        lines = plan.query_work(tiles.dq.block_m, tiles.dq.block_n).shape[0] * (q.shape[1] + 1)
+        entries = padded_width(time_table.numel())
+        time_sums = torch.zeros(lines if q.numel() else 0, entries, dtype=torch.float32, device=q.device)
+    return pos_sums, time_sums
+
+
+def _add_up(sums: Tensor | None, table: Tensor | None, scale: float) -> Tensor | None:
+    """The gradient of ``table``: partial sums added up in float64."""
+    if sums is None or table is None:
+        return None
+    return (sums.sum(0, dtype=torch.float64)[: table.numel()] * scale).to(table.dtype)
 
 
 def _kernel_shape(
@@ -252,6 +263,7 @@ def _kernel_shape(
         exact=q.dtype == torch.float32 or interpreting(),
         descriptors=describable(streamed),
         precision=float32_precision(),
+        assembly=not interpreting(),
     )
 
 
@@ -286,12 +298,19 @@ def descriptors(shape: KernelShape, tensors: tuple[Tensor, ...], rows: int) -> t
 
 
 def _bias_arguments(
-    pos_table: Tensor | None, time_table: Tensor | None, plan: TritonPlan
+    pos_table: Tensor | None, time_table: Tensor | None, plan: TritonPlan, alpha: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Tables in float32, divided by alpha: the kernels multiply the whole logit by it."""
     tables = [
-        None if table is None else table.detach().to(torch.float32).contiguous() for table in (pos_table, time_table)
+        None if table is None else (table.detach().to(torch.float32) / alpha).contiguous()
+        for table in (pos_table, time_table)
     ]
     return tables[0], tables[1], plan.boundaries, plan.row_times, plan.key_times
+
+
+def _divisible(q: Tensor, alpha: float) -> tuple[Tensor, float]:
+    """``q`` and ``alpha`` as they are; rows of 0 and 1.0 where ``alpha`` is too small to divide a bias by."""
+    return (q, alpha) if abs(alpha) >= _LEAST_ALPHA else (torch.zeros_like(q), 1.0)
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:

@@ -40,6 +40,8 @@ class TritonPlan:
     # [B] each, for lists that are still to be written: the sequences, the longest first; rows of all up to each.
     order: Tensor | None = None
     ends: Tensor | None = None
+    # (side, block) -> [L, 2]
+    spans: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def query_work(self, block_m: int, block_n: int) -> Tensor:
         """``[tiles, LINE]`` int64: query tiles and the key blocks they meet; up to B lines are empty."""
@@ -48,6 +50,16 @@ class TritonPlan:
     def key_work(self, block_m: int, block_n: int) -> Tensor:
         """``[tiles, LINE]`` int64: key tiles and the blocks of query rows they meet; up to B lines are empty."""
         return self._work("key", block_m, block_n)
+
+    def block_spans(self, side: str, block: int) -> Tensor | None:
+        """`block_spans` of the times of queries or keys; ``None`` without a time table."""
+        times = self.row_times if side == "query" else self.key_times
+        if times is None:
+            return None
+        key = (side, block)
+        if key not in self.spans:
+            self.spans[key] = block_spans(times, self.layout, block)
+        return self.spans[key]
 
     def _work(self, side: str, block_m: int, block_n: int) -> Tensor:
         key = (side, block_m, block_n)
@@ -94,6 +106,19 @@ def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | 
     bounds = bucket_boundaries(bias.num_buckets, layout.device)
     times = (row_times.contiguous(), bias.timestamps.contiguous())
     return TritonPlan(layout, mask, *times, bounds, total_rows, {}, *_longest_first(layout))
+
+
+def block_spans(times: Tensor, layout: JaggedLayout, block: int) -> Tensor:
+    """``[L, 2]`` int64: the earliest and the latest of ``times [L]`` in each block of ``block`` rows of a sequence.
+
+    They stand at the block's first row; the other rows say nothing. Nothing is rounded and no order is asked for.
+    """
+    rows = torch.arange(times.numel(), device=times.device)
+    first = rows - layout.row_indices(times.numel()) % block
+    limits = torch.iinfo(torch.int64)
+    low = torch.full_like(times, limits.max).scatter_reduce(0, first, times, "amin")
+    high = torch.full_like(times, limits.min).scatter_reduce(0, first, times, "amax")
+    return torch.stack([low, high], 1)
 
 
 def list_length(total_rows: int, batch_size: int, block: int) -> int:

@@ -10,7 +10,14 @@ from torch import Tensor
 from hstu_kernels.attention.triton import interpreting
 from hstu_kernels.attention.triton.launch import addressable, describable, descriptors, strides
 from hstu_kernels.attention.triton.target import hstu_target_kernel
-from hstu_kernels.attention.triton.tiles import KernelShape, Tile, float32_precision, padded_width, tile_set
+from hstu_kernels.attention.triton.tiles import (
+    KernelShape,
+    Tile,
+    float32_precision,
+    padded_width,
+    tile_set,
+    unpipelined,
+)
 from hstu_kernels.bias import RelativeBias, bucket_boundaries
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
@@ -34,6 +41,7 @@ def triton_target_attention(
     time_table = None if bias is None else bias.time_table
     biased = pos_table is not None or time_table is not None
     tile = tile or tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased).forward
+    tile = unpipelined(tile) if biased else tile
     q, k, v, cache_k, cache_v = (addressable(x) for x in (q, k, v, cache.k, cache.v))
     shape = KernelShape(
         heads=q.shape[1],

@@ -19,12 +19,16 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class TileSet:
-    """One tile for each kernel."""
+    """One tile for each kernel. ``bias`` takes the blocks that ``dq`` leaves: their rows must be the same."""
 
     forward: Tile
     dq: Tile
     dkdv: Tile
     bias: Tile
+
+    def __post_init__(self) -> None:
+        if (self.bias.block_m, self.bias.block_n) != (self.dq.block_m, self.dq.block_n):
+            raise ValueError(f"bias: expected the block sizes of dq, {self.dq}, got {self.bias}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class KernelShape:
         exact: SiLU through exp; otherwise through the hardware's approximate tanh.
         descriptors: full blocks of the streamed operands come through tensor descriptors.
         precision: of float32 products, ``ieee`` or ``tf32``.
+        assembly: there is inline assembly: a GPU, not the interpreter.
+        few_buckets: a block whose times span at most that many thresholds compares with each of them.
     """
 
     heads: int
@@ -56,6 +62,8 @@ class KernelShape:
     exact: bool
     descriptors: bool
     precision: str
+    assembly: bool = False
+    few_buckets: int = 3
 
 
 def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool) -> TileSet:
@@ -66,11 +74,15 @@ def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool) -> Ti
     """
     width = max(padded_width(qk_dim), padded_width(v_dim))
     tiles = _TILES[torch.float32 if dtype == torch.float32 else torch.bfloat16][min(max(width, 64), 256)]
-    if biased:
-        # The pipeline would take table entries for operands, too, and buffer them in shared memory.
-        flat = [replace(tile, num_stages=1) for tile in (tiles.forward, tiles.dq, tiles.dkdv, tiles.bias)]
-        return TileSet(*flat)
+    if biased and dtype == torch.float32:
+        # Without tensor cores the look-ups cannot be kept in the layout of the products, so nothing is pipelined.
+        return TileSet(*(unpipelined(tile) for tile in (tiles.forward, tiles.dq, tiles.dkdv, tiles.bias)))
     return tiles
+
+
+def unpipelined(tile: Tile) -> Tile:
+    """For kernels that look tables up in their main loop: the pipeline would buffer the entries in shared memory."""
+    return replace(tile, num_stages=1)
 
 
 def float32_precision() -> str:
@@ -82,14 +94,14 @@ _NARROW_FP32, _FP32 = Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)
 _TILES = {
     # No tensor core in full float32: accumulators and operands both sit in registers.
     torch.float32: {
-        64: TileSet(_NARROW_FP32, _NARROW_FP32, _NARROW_FP32, _FP32),
+        64: TileSet(_NARROW_FP32, _NARROW_FP32, _NARROW_FP32, _NARROW_FP32),
         128: TileSet(_FP32, _FP32, _FP32, _FP32),
         256: TileSet(_FP32, _FP32, _FP32, _FP32),
     },
     torch.bfloat16: {
         64: TileSet(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 1)),
-        128: TileSet(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(64, 64, 8, 1)),
-        256: TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 1)),
+        128: TileSet(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 64, 8, 1)),
+        256: TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 1)),
     },
 }
 

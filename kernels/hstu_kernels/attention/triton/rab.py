@@ -1,0 +1,278 @@
+"""The relative bias of a block of logits, at a cost that falls with the number of time buckets the block spans.
+
+rab_ij = pos_table[p_j - p_i + N - 1] + time_table[bucket(|t_i - t_j|)], the definition in `hstu_kernels.bias`. Where no
+key of a block is younger than its rows, the block's extreme times bound its buckets. One bucket costs nothing for each
+logit, a few cost a comparison and a selection each; only blocks near the diagonal look a bucket up for each logit.
+
+Tables come divided by alpha: the bias is where a product's sum begins, so that it takes no registers beside the sum.
+"""
+
+import triton
+import triton.language as tl
+
+from hstu_kernels.attention.triton.primitives import load_times
+
+# Buckets are 0.301 nats wide; thresholds up to the 71st fit into 31 bits.
+_BUCKETS_PER_OCTAVE = tl.constexpr(2.302814)
+_LAST_NARROW = tl.constexpr(71)
+# Far above the error of log2 in float32 (1e-5 buckets): a bucket bound that is one off by it only looks one wider.
+_GUARD = tl.constexpr(1e-3)
+_OLDEST = tl.constexpr(1 << 30)
+_UNKNOWN = tl.constexpr(1 << 20)
+
+
+@triton.jit
+def lookup(ptr, index, SHAPE: tl.constexpr):
+    """Entries ``index`` of a table of float32, int32 or int64.
+
+    In assembly where there is any: the software pipeline would take these loads for operands and buffer them in shared
+    memory, and they would come in a layout of their own.
+    """
+    if SHAPE.assembly:
+        base = ptr.to(tl.int64, bitcast=True)
+        if ptr.dtype.element_ty == tl.float32:
+            entry = tl.inline_asm_elementwise(
+                "{ .reg .u64 a; mad.wide.u32 a, $1, 4, $2; ld.global.nc.f32 $0, [a]; }",
+                "=f,r,l",
+                [index, base],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        elif ptr.dtype.element_ty == tl.int32:
+            entry = tl.inline_asm_elementwise(
+                "{ .reg .u64 a; mad.wide.u32 a, $1, 4, $2; ld.global.nc.s32 $0, [a]; }",
+                "=r,r,l",
+                [index, base],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            entry = tl.inline_asm_elementwise(
+                "{ .reg .u64 a; mad.wide.u32 a, $1, 8, $2; ld.global.nc.s64 $0, [a]; }",
+                "=l,r,l",
+                [index, base],
+                dtype=tl.int64,
+                is_pure=True,
+                pack=1,
+            )
+    else:
+        entry = tl.load(ptr + index)
+    return entry
+
+
+@triton.jit
+def _log2(x, SHAPE: tl.constexpr):
+    """log2 of a float32 scalar >= 1."""
+    if SHAPE.assembly:
+        y = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.log2(x)
+    return y
+
+
+@triton.jit
+def load_span(spans_ptr, seq_start, begin, seq_len, SHAPE: tl.constexpr):
+    """The earliest and the latest time, int64, of the block at ``begin``; something else behind the last block."""
+    if SHAPE.buckets > 0:
+        at = spans_ptr + 2 * (seq_start + tl.maximum(tl.minimum(begin, seq_len - 1), 0))
+        low, high = tl.load(at), tl.load(at + 1)
+    else:
+        low, high = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    return low, high
+
+
+@triton.jit
+def own_span(times, SHAPE: tl.constexpr):
+    """The earliest and the latest of a tile's own times; rows behind the end repeat the last one's."""
+    if SHAPE.buckets > 0:
+        low, high = tl.min(times), tl.max(times)
+    else:
+        low, high = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    return low, high
+
+
+@triton.jit
+def times_of(own, times_ptr, rows, cols, seq_start, seq_len, SHAPE: tl.constexpr, KEYS_MOVE: tl.constexpr):
+    """Times in the shapes of ``rows`` and ``cols``: the tile's ``own`` are at hand, the moving side's are read."""
+    if KEYS_MOVE:
+        row_times = tl.expand_dims(own, 1)
+        key_times = load_times(times_ptr, seq_start, cols, seq_len, SHAPE)
+    else:
+        row_times = load_times(times_ptr, seq_start, rows, seq_len, SHAPE)
+        key_times = tl.expand_dims(own, 1)
+    return row_times, key_times
+
+
+@triton.jit
+def bucket_range(row_low, row_high, key_low, key_high, SHAPE: tl.constexpr):
+    """Of a block none of whose keys is younger than a row: its lowest bucket, and how many more it may span; int32.
+
+    Both are bounds: the true buckets lie in ``[lowest, lowest + more]``. ``more`` is huge for any other block.
+    """
+    if SHAPE.buckets > 0:
+        farthest = row_high - key_low
+        # A difference that wraps around is negative.
+        known = (row_low >= key_high) & (farthest >= 0) & (farthest < _OLDEST)
+        near = tl.maximum((row_low - key_high).to(tl.int32), 1).to(tl.float32)
+        far = tl.maximum(farthest.to(tl.int32), 1).to(tl.float32)
+        lowest = (_log2(near, SHAPE) * _BUCKETS_PER_OCTAVE - _GUARD).to(tl.int32)
+        highest = (_log2(far, SHAPE) * _BUCKETS_PER_OCTAVE + _GUARD).to(tl.int32)
+        lowest = tl.minimum(lowest, SHAPE.buckets)
+        more = tl.where(known, tl.minimum(highest, SHAPE.buckets) - lowest, _UNKNOWN)
+    else:
+        lowest, more = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    return lowest, more
+
+
+@triton.jit
+def threshold(bounds_ptr, bucket, farthest, SHAPE: tl.constexpr):
+    """The least difference of the bucket after scalar ``bucket``, or one that the block does not reach; int32."""
+    bound = tl.load(bounds_ptr + tl.minimum(bucket, SHAPE.buckets - 1))
+    bound = tl.where(bucket < SHAPE.buckets, bound, farthest + 1)
+    return tl.minimum(bound, farthest + 1).to(tl.int32)
+
+
+@triton.jit
+def _few_buckets(row_times, key_times, row_high, key_low, lowest, time_ptr, bounds_ptr, SHAPE: tl.constexpr):
+    """Time entries of a block that spans at most ``SHAPE.few_buckets + 1`` buckets and no key younger than a row."""
+    FEW: tl.constexpr = SHAPE.few_buckets
+    farthest = row_high - key_low
+    row = (row_times - key_low).to(tl.int32)
+    key = (key_times - key_low).to(tl.int32)
+    entry = tl.load(time_ptr + lowest)
+    for i in tl.static_range(FEW):
+        bound = threshold(bounds_ptr, lowest + i, farthest, SHAPE)
+        beyond = tl.load(time_ptr + tl.minimum(lowest + i + 1, SHAPE.buckets))
+        entry = tl.where(row - bound >= key, beyond, entry)
+    return entry
+
+
+@triton.jit
+def narrow_bucket(row_times, key_times, key_low, bounds_ptr, SHAPE: tl.constexpr):
+    """`time_bucket` of differences below 2^31: the nearest threshold from a float's bits, then one exact comparison.
+
+    Exponent and mantissa read as one fixed-point number are log2 to 0.09, a fifth of a bucket: near enough.
+    """
+    LAST: tl.constexpr = SHAPE.buckets if SHAPE.buckets < _LAST_NARROW else _LAST_NARROW
+    seconds = tl.abs((row_times - key_low).to(tl.int32) - (key_times - key_low).to(tl.int32))
+    bits = seconds.to(tl.float32).to(tl.int32, bitcast=True)
+    # 2^11 a unit: 2.302814 buckets for each, less the exponent's offset of 127, plus 0.6 to round.
+    nearest = ((bits >> 12) * 4716 - (127 * 2048 * 4716 - 2516582)) >> 22
+    nearest = tl.minimum(tl.maximum(nearest, 1), LAST)
+    # The low half of an int64 threshold.
+    bound = lookup(bounds_ptr.to(tl.pointer_type(tl.int32)), 2 * nearest - 2, SHAPE)
+    return nearest - (seconds < bound).to(tl.int32)
+
+
+@triton.jit
+def _seconds(row_times, key_times, SHAPE: tl.constexpr):
+    """``|row_times - key_times|``, int64. In assembly a block's bias keeps the layout of the products: the compiler
+    counts 64-bit arithmetic as too dear to move there, and would send the result through shared memory instead.
+    """
+    if SHAPE.assembly:
+        seconds = tl.inline_asm_elementwise(
+            "{ sub.s64 $0, $1, $2; abs.s64 $0, $0; }",
+            "=l,l,l",
+            [row_times, key_times],
+            dtype=tl.int64,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        seconds = tl.abs(row_times - key_times)
+    return seconds
+
+
+@triton.jit
+def wide_bucket(row_times, key_times, bounds_ptr, SHAPE: tl.constexpr):
+    """`time_bucket` of any two times."""
+    seconds = _seconds(row_times, key_times, SHAPE)
+    bits = tl.maximum(seconds, 1).to(tl.float32).to(tl.int32, bitcast=True)
+    # As in `narrow_bucket`, with exponents up to 63: 2^9 a unit.
+    nearest = ((bits >> 14) * 2358 - (127 * 512 * 2358 - 314573)) >> 19
+    nearest = tl.minimum(tl.maximum(nearest, 1), SHAPE.buckets)
+    bound = lookup(bounds_ptr, nearest - 1, SHAPE)
+    return nearest - (seconds < bound).to(tl.int32)
+
+
+@triton.jit
+def is_narrow(row_low, row_high, key_low, key_high):
+    """Whether every difference of times in the block is below 2^31, and none of them wraps around."""
+    widest: tl.constexpr = 1 << 31
+    later, earlier = row_high - key_low, key_high - row_low
+    spread, key_spread = row_high - row_low, key_high - key_low
+    small = (later < widest) & (later > -widest) & (earlier < widest) & (earlier > -widest)
+    return small & (spread >= 0) & (spread < widest) & (key_spread >= 0) & (key_spread < widest)
+
+
+@triton.jit
+def general_bucket(row_times, key_times, row_low, row_high, key_low, key_high, bounds_ptr, SHAPE: tl.constexpr):
+    """Time bucket of each pair of a block."""
+    if is_narrow(row_low, row_high, key_low, key_high):
+        bucket = narrow_bucket(row_times, key_times, key_low, bounds_ptr, SHAPE)
+    else:
+        bucket = wide_bucket(row_times, key_times, bounds_ptr, SHAPE)
+    return bucket
+
+
+@triton.jit
+def _position_entries(rows, cols, seq_len, history_end, pos_ptr, SHAPE: tl.constexpr):
+    """Position entries of a block; only sequences longer than the table pay for keeping inside it."""
+    REACH: tl.constexpr = SHAPE.reach
+    # Every target stands at the history end; rows behind the last one take its place.
+    last = tl.minimum(history_end, seq_len - 1)
+    entry = (tl.minimum(cols, last) + REACH) - tl.minimum(rows, last)
+    # Two look-ups, so that the compiler leaves it a branch.
+    if seq_len > REACH + 1:
+        value = lookup(pos_ptr, tl.minimum(tl.maximum(entry, 0), 2 * REACH), SHAPE)
+    else:
+        value = lookup(pos_ptr, entry, SHAPE)
+    return value
+
+
+@triton.jit
+def block_bias(
+    rows,
+    cols,
+    own_times,
+    times_ptr,
+    seq_start,
+    seq_len,
+    history_end,
+    row_low,
+    row_high,
+    key_low,
+    key_high,
+    pos_ptr,
+    time_ptr,
+    bounds_ptr,
+    SHAPE: tl.constexpr,
+    KEYS_MOVE: tl.constexpr,
+):
+    """The bias of a block, from tables of float32; ``rows`` and ``cols`` broadcast to its shape.
+
+    ``own_times`` are those of the side that owns the tile; the other side's at ``times_ptr`` are read where needed.
+    """
+    HEIGHT: tl.constexpr = rows.shape[0] * cols.shape[0]
+    WIDTH: tl.constexpr = rows.shape[1] * cols.shape[1]
+    if SHAPE.buckets > 0:
+        lowest, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
+        if more == 0:
+            rab = tl.broadcast_to(tl.load(time_ptr + lowest), HEIGHT, WIDTH)
+        else:
+            row_times, key_times = times_of(own_times, times_ptr, rows, cols, seq_start, seq_len, SHAPE, KEYS_MOVE)
+            if more <= SHAPE.few_buckets:
+                rab = _few_buckets(row_times, key_times, row_high, key_low, lowest, time_ptr, bounds_ptr, SHAPE)
+            elif is_narrow(row_low, row_high, key_low, key_high):
+                rab = lookup(time_ptr, narrow_bucket(row_times, key_times, key_low, bounds_ptr, SHAPE), SHAPE)
+            else:
+                rab = lookup(time_ptr, wide_bucket(row_times, key_times, bounds_ptr, SHAPE), SHAPE)
+    elif SHAPE.buckets == 0:
+        rab = tl.broadcast_to(tl.load(time_ptr), HEIGHT, WIDTH)
+    else:
+        rab = tl.zeros([HEIGHT, WIDTH], tl.float32)
+    if SHAPE.reach >= 0:
+        rab += _position_entries(rows, cols, seq_len, history_end, pos_ptr, SHAPE)
+    return rab
