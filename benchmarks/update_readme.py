@@ -9,6 +9,7 @@ together), ``recipes`` (the settings that come with the package), ``summary`` (r
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from hstu_plugin._versions import version_table
+from hstu_plugin.adapters.ranking import report as ranking
 from hstu_plugin.adapters.recbole import report, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +65,9 @@ def _block(name: str, root: Path) -> str:
         return _summary(root)
     if name == "passes":
         return _passes(root)
+    path = _path(name, root)
+    if json.loads(path.read_text(encoding="utf-8")).get("format") == ranking.COMPARISON_FORMAT:
+        return ranking.comparison_markdown(json.loads(path.read_text(encoding="utf-8")))
     return report.comparison_markdown(_recorded(name, root))
 
 
@@ -80,6 +85,10 @@ def _passes(root: Path) -> str:
 
 
 def _recorded(name: str, root: Path) -> report.Record:
+    return report.read_json(_path(name, root), report.COMPARISON_FORMAT)
+
+
+def _path(name: str, root: Path) -> Path:
     found = [path for folder in FOLDERS if (path := root / folder / f"{name}.json").is_file()]
     if not found:
         known = sorted(path.stem for folder in FOLDERS for path in (root / folder).glob("*.json"))
@@ -87,7 +96,7 @@ def _recorded(name: str, root: Path) -> report.Record:
         raise MarkerError(f"results:{name}: expected one of {', '.join(names)}")
     if len(found) > 1:
         raise MarkerError(f"results:{name}: recorded twice, as {' and '.join(map(str, found))}")
-    return report.read_json(found[0], report.COMPARISON_FORMAT)
+    return found[0]
 
 
 def _summary(root: Path) -> str:
