@@ -23,10 +23,11 @@ _UNKNOWN = tl.constexpr(1 << 20)
 
 @triton.jit
 def lookup(ptr, index, SHAPE: tl.constexpr):
-    """Entries ``index`` of a table of float32, int32 or int64.
+    """Entries ``index`` of a table of float32 or int64.
 
-    In assembly where there is any: the software pipeline would take these loads for operands and buffer them in shared
-    memory, and they would come in a layout of their own.
+    Like all arithmetic of a logit's own that is not a step or two, in assembly where there is any: the software
+    pipeline would take these loads for operands and buffer them in shared memory, and where the compiler counts too
+    much work it computes a block in a layout of its own and sends it through shared memory.
     """
     if SHAPE.assembly:
         base = ptr.to(tl.int64, bitcast=True)
@@ -36,15 +37,6 @@ def lookup(ptr, index, SHAPE: tl.constexpr):
                 "=f,r,l",
                 [index, base],
                 dtype=tl.float32,
-                is_pure=True,
-                pack=1,
-            )
-        elif ptr.dtype.element_ty == tl.int32:
-            entry = tl.inline_asm_elementwise(
-                "{ .reg .u64 a; mad.wide.u32 a, $1, 4, $2; ld.global.nc.s32 $0, [a]; }",
-                "=r,r,l",
-                [index, base],
-                dtype=tl.int32,
                 is_pure=True,
                 pack=1,
             )
@@ -59,6 +51,23 @@ def lookup(ptr, index, SHAPE: tl.constexpr):
             )
     else:
         entry = tl.load(ptr + index)
+    return entry
+
+
+@triton.jit
+def lookup_low(ptr, index, SHAPE: tl.constexpr):
+    """The low halves, int32, of entries ``index`` of a table of int64."""
+    if SHAPE.assembly:
+        entry = tl.inline_asm_elementwise(
+            "{ .reg .u64 a; mad.wide.u32 a, $1, 8, $2; ld.global.nc.s32 $0, [a]; }",
+            "=r,r,l",
+            [index, ptr.to(tl.int64, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        entry = tl.load(ptr + index).to(tl.int32)
     return entry
 
 
@@ -151,50 +160,76 @@ def _few_buckets(row_times, key_times, row_high, key_low, lowest, time_ptr, boun
 
 @triton.jit
 def narrow_bucket(row_times, key_times, key_low, bounds_ptr, SHAPE: tl.constexpr):
-    """`time_bucket` of differences below 2^31: the nearest threshold from a float's bits, then one exact comparison.
+    """Buckets of differences below 2^31: the nearest threshold from a float's bits, then one exact comparison.
 
     Exponent and mantissa read as one fixed-point number are log2 to 0.09, a fifth of a bucket: near enough.
     """
     LAST: tl.constexpr = SHAPE.buckets if SHAPE.buckets < _LAST_NARROW else _LAST_NARROW
-    seconds = tl.abs((row_times - key_low).to(tl.int32) - (key_times - key_low).to(tl.int32))
-    bits = seconds.to(tl.float32).to(tl.int32, bitcast=True)
+    row = (row_times - key_low).to(tl.int32)
+    key = (key_times - key_low).to(tl.int32)
     # 2^11 a unit: 2.302814 buckets for each, less the exponent's offset of 127, plus 0.6 to round.
-    nearest = ((bits >> 12) * 4716 - (127 * 2048 * 4716 - 2516582)) >> 22
-    nearest = tl.minimum(tl.maximum(nearest, 1), LAST)
-    # The low half of an int64 threshold.
-    bound = lookup(bounds_ptr.to(tl.pointer_type(tl.int32)), 2 * nearest - 2, SHAPE)
-    return nearest - (seconds < bound).to(tl.int32)
+    if SHAPE.assembly:
+        nearest = tl.inline_asm_elementwise(
+            """{ .reg .s32 d; .reg .f32 f; sub.s32 d, $1, $2; abs.s32 d, d; cvt.rn.f32.s32 f, d; mov.b32 d, f;
+            shr.s32 d, d, 12; mad.lo.s32 d, d, 4716, -1224096154; shr.s32 d, d, 22;
+            max.s32 d, d, 1; min.s32 $0, d, $3; }""",
+            "=r,r,r,r",
+            [row, key, LAST],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        bound = lookup_low(bounds_ptr - 1, nearest, SHAPE)
+        bucket = tl.inline_asm_elementwise(
+            """{ .reg .s32 d; .reg .pred p; sub.s32 d, $1, $2; abs.s32 d, d; setp.lt.s32 p, d, $3;
+            selp.s32 d, -1, 0, p; add.s32 $0, $4, d; }""",
+            "=r,r,r,r,r",
+            [row, key, bound, nearest],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        seconds = tl.abs(row - key)
+        bits = seconds.to(tl.float32).to(tl.int32, bitcast=True)
+        nearest = ((bits >> 12) * 4716 - 1224096154) >> 22
+        nearest = tl.minimum(tl.maximum(nearest, 1), LAST)
+        bucket = nearest - (seconds < lookup_low(bounds_ptr - 1, nearest, SHAPE)).to(tl.int32)
+    return bucket
 
 
 @triton.jit
-def _seconds(row_times, key_times, SHAPE: tl.constexpr):
-    """``|row_times - key_times|``, int64. In assembly a block's bias keeps the layout of the products: the compiler
-    counts 64-bit arithmetic as too dear to move there, and would send the result through shared memory instead.
-    """
+def wide_bucket(row_times, key_times, bounds_ptr, SHAPE: tl.constexpr):
+    """Buckets of any two times, as `narrow_bucket`; 2^9 a unit, for exponents up to 63."""
+    LAST: tl.constexpr = SHAPE.buckets
     if SHAPE.assembly:
-        seconds = tl.inline_asm_elementwise(
-            "{ sub.s64 $0, $1, $2; abs.s64 $0, $0; }",
-            "=l,l,l",
-            [row_times, key_times],
-            dtype=tl.int64,
+        nearest = tl.inline_asm_elementwise(
+            """{ .reg .s64 d; .reg .s32 n; .reg .f32 f; sub.s64 d, $1, $2; abs.s64 d, d; max.s64 d, d, 1;
+            cvt.rn.f32.s64 f, d; mov.b32 n, f; shr.s32 n, n, 14; mad.lo.s32 n, n, 2358, -153012019; shr.s32 n, n, 19;
+            max.s32 n, n, 1; min.s32 $0, n, $3; }""",
+            "=r,l,l,r",
+            [row_times, key_times, LAST],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        bound = lookup(bounds_ptr - 1, nearest, SHAPE)
+        bucket = tl.inline_asm_elementwise(
+            """{ .reg .s64 d; .reg .s32 n; .reg .pred p; sub.s64 d, $1, $2; abs.s64 d, d; setp.lt.s64 p, d, $3;
+            selp.s32 n, -1, 0, p; add.s32 $0, $4, n; }""",
+            "=r,l,l,l,r",
+            [row_times, key_times, bound, nearest],
+            dtype=tl.int32,
             is_pure=True,
             pack=1,
         )
     else:
         seconds = tl.abs(row_times - key_times)
-    return seconds
-
-
-@triton.jit
-def wide_bucket(row_times, key_times, bounds_ptr, SHAPE: tl.constexpr):
-    """`time_bucket` of any two times."""
-    seconds = _seconds(row_times, key_times, SHAPE)
-    bits = tl.maximum(seconds, 1).to(tl.float32).to(tl.int32, bitcast=True)
-    # As in `narrow_bucket`, with exponents up to 63: 2^9 a unit.
-    nearest = ((bits >> 14) * 2358 - (127 * 512 * 2358 - 314573)) >> 19
-    nearest = tl.minimum(tl.maximum(nearest, 1), SHAPE.buckets)
-    bound = lookup(bounds_ptr, nearest - 1, SHAPE)
-    return nearest - (seconds < bound).to(tl.int32)
+        bits = tl.maximum(seconds, 1).to(tl.float32).to(tl.int32, bitcast=True)
+        nearest = ((bits >> 14) * 2358 - 153012019) >> 19
+        nearest = tl.minimum(tl.maximum(nearest, 1), LAST)
+        bucket = nearest - (seconds < lookup(bounds_ptr - 1, nearest, SHAPE)).to(tl.int32)
+    return bucket
 
 
 @triton.jit
