@@ -3,7 +3,7 @@
 A table stands between ``<!-- results:NAME begin -->`` and ``<!-- results:NAME end -->``. NAME is a comparison recorded
 as ``recbole_configs/results/NAME.json`` or ``benchmarks/results/NAME.json``, or ``versions`` (the releases that fit
 together), ``recipes`` (the settings that come with the package), ``summary`` (recorded results beside those of
-``benchmarks/published.yaml``), or ``passes`` (the time of a pass over MovieLens-1M).
+``benchmarks/published.yaml``), ``passes`` (the time of a pass over MovieLens-1M), or ``attention`` (recorded speeds).
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.attention.measure import BACKWARD, CALL, FORWARD
+from benchmarks.attention.measure import COLUMNS as ATTENTION_COLUMNS
+from benchmarks.attention.report import newest
+from benchmarks.ledger import read
 from hstu_plugin._versions import version_table
 from hstu_plugin.adapters.ranking import report as ranking
 from hstu_plugin.adapters.recbole import report, settings
@@ -65,6 +69,8 @@ def _block(name: str, root: Path) -> str:
         return _summary(root)
     if name == "passes":
         return _passes(root)
+    if name == "attention":
+        return _attention(root)
     path = _path(name, root)
     if json.loads(path.read_text(encoding="utf-8")).get("format") == ranking.COMPARISON_FORMAT:
         return ranking.comparison_markdown(json.loads(path.read_text(encoding="utf-8")))
@@ -84,6 +90,22 @@ def _passes(root: Path) -> str:
     return _table(header, rows) + "\n" + "".join(f"- {remark}\n" for remark in remarks)
 
 
+def _attention(root: Path) -> str:
+    """TFLOP/s of useful work at the causal shapes, forward / backward, beside softmax attention."""
+    rows = newest(read(root / "benchmarks/results/attention.csv", ATTENTION_COLUMNS))
+    rows = [row for row in rows if row["group"] == "causal" and row["mode"] == CALL]
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    speed = {(r["case"], r["contender"], r["direction"]): f"{float(r['tflops_convention']):.0f}" for r in rows}
+    body = [
+        [case, *(" / ".join(speed.get((case, c, d), "-") for d in (FORWARD, BACKWARD)) for c in contenders)]
+        for case in dict.fromkeys(row["case"] for row in rows)
+    ]
+    ceilings = sorted({f"{float(row['matmul_tflops']):.0f}" for row in rows})
+    facts = sorted({f"{r['device']}, torch {r['torch']}, Triton {r['triton']}, commit {r['commit'][:7]}" for r in rows})
+    note = f"{'; '.join(facts)}; a bf16 matrix product in the same runs: {' to '.join(ceilings)} TFLOP/s.\n"
+    return _table(["B x L x H x D", *contenders], body) + "\n" + note
+
+
 def _recorded(name: str, root: Path) -> report.Record:
     return report.read_json(_path(name, root), report.COMPARISON_FORMAT)
 
@@ -92,7 +114,7 @@ def _path(name: str, root: Path) -> Path:
     found = [path for folder in FOLDERS if (path := root / folder / f"{name}.json").is_file()]
     if not found:
         known = sorted(path.stem for folder in FOLDERS for path in (root / folder).glob("*.json"))
-        names = ["versions", "recipes", "summary", "passes", *known]
+        names = ["versions", "recipes", "summary", "passes", "attention", *known]
         raise MarkerError(f"results:{name}: expected one of {', '.join(names)}")
     if len(found) > 1:
         raise MarkerError(f"results:{name}: recorded twice, as {' and '.join(map(str, found))}")
