@@ -103,3 +103,27 @@ def test_nothing_waits_for_the_device(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(lists[0], plan.query_work(64, 64))
     assert torch.equal(lists[1], plan.key_work(64, 64))
+
+
+ROWS, YEAR = 400, 31_536_000
+TIMES = {
+    "all at once": torch.zeros(ROWS, dtype=torch.int64),
+    "one a day": 86_400 * torch.arange(ROWS),
+    "steps of 70 years": 70 * YEAR * torch.arange(ROWS),
+    "unsorted": torch.randint(0, 10 * YEAR, (ROWS,), generator=torch.Generator().manual_seed(1)),
+    "over the whole range": torch.randint(-(2**62), 2**62, (ROWS,), generator=torch.Generator().manual_seed(2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", TIMES)
+def test_times_of_every_kind(name: str, dtype: torch.dtype) -> None:
+    """Each way to a time bucket: one for a block, few, looked up in 32 and in 64 bits."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    case = AttentionCase(
+        name=name, lengths=(250, 150), num_targets=(20, 0), heads=2, qk_dim=64, v_dim=64, num_buckets=150
+    )
+    inputs = make_inputs(case, dtype, device="cuda")
+    assert inputs.bias is not None
+    inputs = replace(inputs, bias=replace(inputs.bias, timestamps=TIMES[name].cuda()))
+    assert_within_budget(attention, inputs, signal=False)

@@ -144,14 +144,15 @@ def threshold(bounds_ptr, bucket, farthest, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _few_buckets(row_times, key_times, row_high, key_low, lowest, time_ptr, bounds_ptr, SHAPE: tl.constexpr):
-    """Time entries of a block that spans at most ``SHAPE.few_buckets + 1`` buckets and no key younger than a row."""
-    FEW: tl.constexpr = SHAPE.few_buckets
+def _few_buckets(
+    row_times, key_times, row_high, key_low, lowest, time_ptr, bounds_ptr, SHAPE: tl.constexpr, MORE: tl.constexpr
+):
+    """Time entries of a block that spans at most ``MORE + 1`` buckets and has no key younger than a row."""
     farthest = row_high - key_low
     row = (row_times - key_low).to(tl.int32)
     key = (key_times - key_low).to(tl.int32)
     entry = tl.load(time_ptr + lowest)
-    for i in tl.static_range(FEW):
+    for i in tl.static_range(MORE):
         bound = threshold(bounds_ptr, lowest + i, farthest, SHAPE)
         beyond = tl.load(time_ptr + tl.minimum(lowest + i + 1, SHAPE.buckets))
         entry = tl.where(row - bound >= key, beyond, entry)
@@ -290,6 +291,7 @@ def block_bias(
 
     ``own_times`` are those of the side that owns the tile; the other side's at ``times_ptr`` are read where needed.
     """
+    FEW: tl.constexpr = SHAPE.few_buckets
     HEIGHT: tl.constexpr = rows.shape[0] * cols.shape[0]
     WIDTH: tl.constexpr = rows.shape[1] * cols.shape[1]
     if SHAPE.buckets > 0:
@@ -298,8 +300,10 @@ def block_bias(
             rab = tl.broadcast_to(tl.load(time_ptr + lowest), HEIGHT, WIDTH)
         else:
             row_times, key_times = times_of(own_times, times_ptr, rows, cols, seq_start, seq_len, SHAPE, KEYS_MOVE)
-            if more <= SHAPE.few_buckets:
-                rab = _few_buckets(row_times, key_times, row_high, key_low, lowest, time_ptr, bounds_ptr, SHAPE)
+            if more == 1:
+                rab = _few_buckets(row_times, key_times, row_high, key_low, lowest, time_ptr, bounds_ptr, SHAPE, 1)
+            elif more <= FEW:
+                rab = _few_buckets(row_times, key_times, row_high, key_low, lowest, time_ptr, bounds_ptr, SHAPE, FEW)
             elif is_narrow(row_low, row_high, key_low, key_high):
                 rab = lookup(time_ptr, narrow_bucket(row_times, key_times, key_low, bounds_ptr, SHAPE), SHAPE)
             else:

@@ -7,6 +7,35 @@ from hstu_kernels.attention.triton.rab import bucket_range, threshold, times_of
 
 
 @triton.jit
+def _add_few(
+    sums,
+    grad,
+    row_times,
+    key_times,
+    row_high,
+    key_low,
+    lowest,
+    bounds_ptr,
+    SHAPE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    MORE: tl.constexpr,
+):
+    """``sums [ENTRIES]`` plus ``grad`` of a block that spans at most ``MORE + 1`` buckets from ``lowest`` on."""
+    farthest = row_high - key_low
+    row = (row_times - key_low).to(tl.int32)
+    key = (key_times - key_low).to(tl.int32)
+    entry = tl.arange(0, ENTRIES)
+    # What lies beyond a threshold belongs to later buckets.
+    within = tl.sum(tl.sum(grad, 1), 0)
+    for i in tl.static_range(MORE):
+        bound = threshold(bounds_ptr, lowest + i, farthest, SHAPE)
+        beyond = tl.sum(tl.sum(tl.where(row - bound >= key, grad, 0.0), 1), 0)
+        sums += tl.where(entry == lowest + i, within - beyond, 0.0)
+        within = beyond
+    return sums + tl.where(entry == lowest + MORE, within, 0.0)
+
+
+@triton.jit
 def add_few_times(
     sums,
     grad,
@@ -27,22 +56,14 @@ def add_few_times(
     """``sums [ENTRIES]`` plus ``grad`` by time bucket, of a block that spans few; otherwise ``sums`` as they are."""
     FEW: tl.constexpr = SHAPE.few_buckets
     lowest, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
-    entry = tl.arange(0, ENTRIES)
     if more == 0:
-        sums += tl.where(entry == lowest, tl.sum(tl.sum(grad, 1), 0), 0.0)
+        sums += tl.where(tl.arange(0, ENTRIES) == lowest, tl.sum(tl.sum(grad, 1), 0), 0.0)
     elif more <= FEW:
-        farthest = row_high - key_low
         asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
-        row = (asked - key_low).to(tl.int32)
-        key = (known - key_low).to(tl.int32)
-        # What lies beyond a threshold belongs to later buckets.
-        within = tl.sum(tl.sum(grad, 1), 0)
-        for i in tl.static_range(FEW):
-            bound = threshold(bounds_ptr, lowest + i, farthest, SHAPE)
-            beyond = tl.sum(tl.sum(tl.where(row - bound >= key, grad, 0.0), 1), 0)
-            sums += tl.where(entry == lowest + i, within - beyond, 0.0)
-            within = beyond
-        sums += tl.where(entry == lowest + FEW, within, 0.0)
+        if more == 1:
+            sums = _add_few(sums, grad, asked, known, row_high, key_low, lowest, bounds_ptr, SHAPE, ENTRIES, 1)
+        else:
+            sums = _add_few(sums, grad, asked, known, row_high, key_low, lowest, bounds_ptr, SHAPE, ENTRIES, FEW)
     return sums
 
 
