@@ -3,7 +3,8 @@
 A table stands between ``<!-- results:NAME begin -->`` and ``<!-- results:NAME end -->``. NAME is a comparison recorded
 as ``recbole_configs/results/NAME.json`` or ``benchmarks/results/NAME.json``, or ``versions`` (the releases that fit
 together), ``recipes`` (the settings that come with the package), ``summary`` (recorded results beside those of
-``benchmarks/published.yaml``), ``passes`` (the time of a pass over MovieLens-1M), or ``attention`` (recorded speeds).
+``benchmarks/published.yaml``), ``passes`` and ``cpu-passes`` (the time of a pass over MovieLens-1M and 100K), or
+``attention`` (recorded speeds).
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def _block(name: str, root: Path) -> str:
         return _summary(root)
     if name == "passes":
         return _passes(root)
+    if name == "cpu-passes":
+        return _cpu_passes(root)
     if name == "attention":
         return _attention(root)
     path = _path(name, root)
@@ -88,6 +91,17 @@ def _passes(root: Path) -> str:
         remarks.append(f"`{name}`: {report.provenance(recorded)}")
     header = ["recipe", "training, s", "evaluation, s", "pass with evaluation, s"]
     return _table(header, rows) + "\n" + "".join(f"- {remark}\n" for remark in remarks)
+
+
+def _cpu_passes(root: Path) -> str:
+    """Seconds of one pass of each model over MovieLens-100K on a CPU, all in one run."""
+    recorded = _recorded("ml-100k-time", root)
+    # Counting the items is no training.
+    timed = {label: g["seconds_per_pass"] for label, g in recorded["models"].items() if label != "Pop"}
+    slowest = max(timed.values())
+    rows = [[label, f"{seconds:.1f}", f"{slowest / seconds:.1f}"] for label, seconds in timed.items()]
+    header = ["model", "training, s", "times faster than the slowest"]
+    return _table(header, rows) + f"\n{report.provenance(recorded)}\n"
 
 
 def _attention(root: Path) -> str:
@@ -114,7 +128,7 @@ def _path(name: str, root: Path) -> Path:
     found = [path for folder in FOLDERS if (path := root / folder / f"{name}.json").is_file()]
     if not found:
         known = sorted(path.stem for folder in FOLDERS for path in (root / folder).glob("*.json"))
-        names = ["versions", "recipes", "summary", "passes", "attention", *known]
+        names = ["versions", "recipes", "summary", "passes", "cpu-passes", "attention", *known]
         raise MarkerError(f"results:{name}: expected one of {', '.join(names)}")
     if len(found) > 1:
         raise MarkerError(f"results:{name}: recorded twice, as {' and '.join(map(str, found))}")

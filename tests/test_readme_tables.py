@@ -74,7 +74,10 @@ def test_summary_puts_recorded_beside_published(root: Path, std: float | None, s
     ("text", "message"),
     [
         ("no markers", "expected markers"),
-        (block("other"), "results:other: expected one of versions, recipes, summary, passes, attention, speed, tiny"),
+        (
+            block("other"),
+            "results:other: expected one of versions, recipes, summary, passes, cpu-passes, attention, speed, tiny",
+        ),
         ("one\n<!-- results:tiny begin -->", "line 2: <!-- results:tiny begin --> has no partner"),
         ("<!-- results:tiny end -->", "results:tiny end --> has no partner"),
         ("<!-- results:tiny begin --><!-- results:speed end -->", "results:tiny begin --> has no partner"),
