@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class JaggedSequence:
 
     def with_values(self, values: Tensor) -> JaggedSequence:
         """The same geometry and times around other rows."""
-        return replace(self, values=values)
+        return JaggedSequence(values, self.layout, self.timestamps)
 
     def history(self) -> JaggedSequence:
         """The sequences without their targets."""

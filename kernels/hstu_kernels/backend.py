@@ -45,6 +45,8 @@ class CallFacts:
     interpreting: bool = False
 
 
+# Looked up, not constructed: torch 2.6 cannot compile the construction of an enum.
+_BY_NAME = {backend.value: backend for backend in Backend}
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_WIDTHS = range(16, 257)
 
@@ -57,13 +59,11 @@ def resolve_backend(requested: Backend | str, facts: CallFacts | None = None) ->
     Raises:
         UnsupportedBackend: the name is unknown, or the backend cannot serve a call of these facts.
     """
-    try:
-        backend = Backend(requested)
-    except ValueError:
-        names = ", ".join(b.value for b in Backend)
-        raise UnsupportedBackend(f"backend: expected one of {names}, got {requested!r}") from None
+    backend = requested if isinstance(requested, Backend) else _BY_NAME.get(requested)
+    if backend is None:
+        raise UnsupportedBackend(f"backend: expected one of {', '.join(_BY_NAME)}, got {requested!r}")
     if backend is Backend.AUTO:
-        # Not Triton yet: nothing of it has been measured on a GPU.
+        # Not Triton yet: where batches are small, its launches cost the host as much as the eager path.
         return Backend.EAGER
     if backend is Backend.TRITON and facts is not None:
         obstacle = _triton_obstacle(facts)
