@@ -74,9 +74,9 @@ def _block(name: str, root: Path) -> str:
         return _cpu_passes(root)
     if name == "attention":
         return _attention(root)
-    path = _path(name, root)
-    if json.loads(path.read_text(encoding="utf-8")).get("format") == ranking.COMPARISON_FORMAT:
-        return ranking.comparison_markdown(json.loads(path.read_text(encoding="utf-8")))
+    found = json.loads(_path(name, root).read_text(encoding="utf-8"))
+    if found.get("format") == ranking.COMPARISON_FORMAT:
+        return ranking.comparison_markdown(found)
     return report.comparison_markdown(_recorded(name, root))
 
 

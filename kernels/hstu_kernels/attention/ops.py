@@ -11,7 +11,6 @@ Values inside ``seq_offsets`` and ``num_targets`` are not checked here: a traced
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from hstu_kernels.attention.eager import eager_backward, eager_forward, plan_eager
 from hstu_kernels.attention.triton import TritonPlan, plan_triton
-from hstu_kernels.attention.triton.schedule import LINE, block_spans, list_length
+from hstu_kernels.attention.triton.schedule import LINE, block_spans, device_boundaries, list_length
 from hstu_kernels.attention.triton.tiles import tile_set
 from hstu_kernels.backend import Backend, UnsupportedBackend
-from hstu_kernels.bias import RelativeBias, bucket_boundaries, next_event_timestamps
+from hstu_kernels.bias import RelativeBias, next_event_timestamps
 from hstu_kernels.layout import JaggedLayout
 from hstu_kernels.mask import AttentionMask
 
@@ -246,17 +245,10 @@ class _Call:
             known = self.bias.timestamps
             assert known is not None
             asked = _asked(known, self.bias.row_timestamps, self.layout).contiguous()
-            known, bounds = known.contiguous(), _boundaries(self.bias.num_buckets, q.device)
+            known, bounds = known.contiguous(), device_boundaries(self.bias.num_buckets, q.device)
             keys = span_keys(q.shape[2], v.shape[2], q.dtype)
             spans = dict(zip(keys, self.work[len(lists) :], strict=True))
         return TritonPlan(self.layout, self.mask, asked, known, bounds, q.shape[0], lists, spans=spans)
-
-
-@functools.lru_cache(maxsize=16)
-def _boundaries(num_buckets: int, device: torch.device) -> Tensor:
-    """Constants, copied to the device once: a copy from the host cannot be captured in a graph."""
-    with torch.inference_mode(False):
-        return bucket_boundaries(num_buckets, device)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,6 +8,7 @@ which every pair is visible, and edge blocks, which need the mask. Blocks in whi
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -103,7 +104,7 @@ def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | 
     row_times = bias.row_timestamps
     if row_times is None:
         row_times = next_event_timestamps(bias.timestamps, layout)
-    bounds = bucket_boundaries(bias.num_buckets, layout.device)
+    bounds = device_boundaries(bias.num_buckets, layout.device)
     times = (row_times.contiguous(), bias.timestamps.contiguous())
     return TritonPlan(layout, mask, *times, bounds, total_rows, {}, *_longest_first(layout))
 
@@ -119,6 +120,13 @@ def block_spans(times: Tensor, layout: JaggedLayout, block: int) -> Tensor:
     low = torch.full_like(times, limits.max).scatter_reduce(0, first, times, "amin")
     high = torch.full_like(times, limits.min).scatter_reduce(0, first, times, "amax")
     return torch.stack([low, high], 1)
+
+
+@functools.lru_cache(maxsize=64)
+def device_boundaries(num_buckets: int, device: torch.device) -> Tensor:
+    """`bucket_boundaries`, copied once: no batch waits for a copy from the host, and graphs can capture a call."""
+    with torch.inference_mode(False):
+        return bucket_boundaries(num_buckets, device)
 
 
 def list_length(total_rows: int, batch_size: int, block: int) -> int:

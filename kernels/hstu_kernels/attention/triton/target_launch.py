@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from hstu_kernels.attention.triton import interpreting
 from hstu_kernels.attention.triton.launch import addressable, describable, descriptors, strides
+from hstu_kernels.attention.triton.schedule import device_boundaries
 from hstu_kernels.attention.triton.target import hstu_target_kernel
 from hstu_kernels.attention.triton.tiles import (
     KernelShape,
@@ -18,7 +17,7 @@ from hstu_kernels.attention.triton.tiles import (
     tile_set,
     unpipelined,
 )
-from hstu_kernels.bias import RelativeBias, bucket_boundaries
+from hstu_kernels.bias import RelativeBias
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
 
@@ -62,7 +61,7 @@ def triton_target_attention(
     if bias is not None and bias.time_table is not None:
         assert bias.row_timestamps is not None and bias.timestamps is not None
         row_times, key_times = bias.row_timestamps.contiguous(), bias.timestamps.contiguous()
-        bounds = _boundaries(bias.num_buckets, q.device)
+        bounds = device_boundaries(bias.num_buckets, q.device)
     tables = (None if table is None else table.detach().float().contiguous() for table in (pos_table, time_table))
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if out.numel():
@@ -91,10 +90,3 @@ def triton_target_attention(
             num_stages=tile.num_stages,
         )
     return out
-
-
-@functools.lru_cache(maxsize=64)
-def _boundaries(num_buckets: int, device: torch.device) -> Tensor:
-    """Kept on the device: a request has no time for a copy from the host."""
-    with torch.inference_mode(False):
-        return bucket_boundaries(num_buckets, device)
