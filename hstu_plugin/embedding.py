@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from hstu_kernels.dropout import dropout
 from hstu_plugin.config import HSTUConfig
 from hstu_plugin.sequence import JaggedSequence
 
@@ -38,7 +38,7 @@ class SequenceEmbedding(nn.Module):
             if places is None:
                 places = seq.layout.positions(x.shape[0])
             x = x + self.positions(places.clamp(max=self.config.max_seq_len))
-        return seq.with_values(F.dropout(x, self.config.dropout, self.training))
+        return seq.with_values(dropout(x, self.config.dropout, self.training))
 
 
 def init_item_table(table: Tensor) -> None:

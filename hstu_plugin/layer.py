@@ -20,6 +20,7 @@ from hstu_kernels import (
     hstu_target_attention,
     norm_linear_silu,
 )
+from hstu_kernels.dropout import dropout
 from hstu_kernels.gated_norm.api import resolved_backend
 from hstu_plugin.config import HSTUConfig, Recompute, Variant
 from hstu_plugin.recompute import Autocast, Rebuilder, rerun, unchanged
@@ -288,4 +289,4 @@ class HSTULayer(nn.Module):
         y = F.layer_norm(attended, norm.normalized_shape, norm_weight, norm_bias, norm.eps) * u
         if self.config.variant is Variant.PRODUCTION:
             y = torch.cat([u, attended, y], dim=-1)
-        return F.linear(F.dropout(y, self.config.dropout, self.training), output_weight, output_bias)
+        return F.linear(dropout(y, self.config.dropout, self.training), output_weight, output_bias)
