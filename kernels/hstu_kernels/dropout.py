@@ -1,6 +1,8 @@
 """Dropout that can be replayed: which elements are kept is a function of a seed and of their place, on every backend.
 
-`kept` replays; `dropout` is for paths that let autograd keep its mask. Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"): the counter of four neighbouring columns
+`kept` replays; `dropout` is for paths that let autograd keep its mask.
+
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"): the counter of four neighbouring columns
 is ``(column // 4, row, row >> 32, part)``, its four words decide one column each. Nothing is stored for the backward.
 """
 
