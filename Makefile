@@ -4,6 +4,8 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that run tests side by side: one for each core, eight at most. `make WORKERS=0 test` keeps one process.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c "$(IN_RANGE)" 2>/dev/null && echo $$p && break; done)
@@ -21,7 +23,7 @@ demo: install ## Train and evaluate HSTU on ml-100k, on a GPU if there is one
 
 .PHONY: test
 test: $(VENV)/.torchrec ## Run the tests; no GPU needed. PYTEST_ARGS adds options
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: install ## Check style, formatting and types
