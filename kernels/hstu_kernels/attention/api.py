@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -219,10 +220,18 @@ def _resolve(
     qk_dim: int | None = None,
     v_dim: int | None = None,
 ) -> Backend:
+    # A compiler traces the decision itself; otherwise it is made once for each kind of call.
+    decide = _decide if torch.compiler.is_compiling() else _decided
+    return decide(backend, device.type, dtype, qk_dim, v_dim)
+
+
+def _decide(
+    backend: Backend | str, device_type: str, dtype: torch.dtype | None, qk_dim: int | None, v_dim: int | None
+) -> Backend:
     facts = None
     if backend == Backend.TRITON:
         facts = CallFacts(
-            device_type=device.type,
+            device_type=device_type,
             dtype=dtype,
             qk_dim=qk_dim,
             v_dim=v_dim,
@@ -230,6 +239,9 @@ def _resolve(
             interpreting=interpreting(),
         )
     return resolve_backend(backend, facts)
+
+
+_decided = functools.lru_cache(maxsize=256)(_decide)
 
 
 def _bias_shape(bias: RelativeBias | None) -> tuple[Tensor | None, Tensor | None, int, int]:
@@ -266,6 +278,21 @@ def _check_plan(
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shape, dtype, device = q.shape, q.dtype, q.device
+    # In one go what nearly every call passes; `_refuse_qkv` finds out what is wrong.
+    if (
+        len(shape) != 3
+        or k.shape != shape
+        or v.dim() != 3
+        or v.shape[:2] != shape[:2]
+        or not (k.dtype == v.dtype == dtype)
+        or not (k.device == v.device == device)
+        or not q.is_floating_point()
+    ):
+        _refuse_qkv(q, k, v)
+
+
+def _refuse_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ValueError(f"{name}: expected [L, H, D], got shape {tuple(tensor.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -196,14 +197,21 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
 
 def resolved_backend(x: Tensor, backend: Backend | str) -> Backend:
     """`resolve_backend` for rows ``x``."""
+    # A compiler traces the decision itself; otherwise it is made once for each kind of call.
+    decide = _decide if torch.compiler.is_compiling() else _decided
+    return decide(backend, x.device.type, x.dtype)
+
+
+def _decide(backend: Backend | str, device_type: str, dtype: torch.dtype) -> Backend:
     facts = None
     if backend == Backend.TRITON:
         # Only then: looking for Triton is not free.
         installed, interpreted = triton_installed(), interpreting()
-        facts = CallFacts(
-            device_type=x.device.type, dtype=x.dtype, triton_installed=installed, interpreting=interpreted
-        )
+        facts = CallFacts(device_type=device_type, dtype=dtype, triton_installed=installed, interpreting=interpreted)
     return resolve_backend(backend, facts)
+
+
+_decided = functools.lru_cache(maxsize=256)(_decide)
 
 
 def _autocast(
