@@ -14,6 +14,7 @@ from hstu_kernels.attention.reference import reference_attention, reference_targ
 from hstu_kernels.attention.triton import TritonPlan, interpreting, plan_triton, triton_installed
 from hstu_kernels.backend import Backend, CallFacts, UnsupportedBackend, resolve_backend
 from hstu_kernels.bias import RelativeBias
+from hstu_kernels.gradients import needs_gradient
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
 
@@ -192,7 +193,7 @@ def hstu_target_attention(
         if bias.timestamps is None or bias.timestamps.numel() != cache.k.shape[0]:
             raise ValueError(f"bias.timestamps: expected one entry for each of {cache.k.shape[0]} cached rows")
     if resolved is Backend.TRITON:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, cache.k, cache.v)):
+        if needs_gradient(q, k, v, cache.k, cache.v):
             raise UnsupportedBackend(
                 "backend: triton's cached target attention has no gradient; score under torch.no_grad() or "
                 "torch.inference_mode(), or use backend='eager'"
@@ -267,7 +268,7 @@ def _check_plan(
 ) -> None:
     if plan.backend is not resolved:
         raise ValueError(f"plan: expected one made for backend {resolved}, got {plan.backend}")
-    if plan.layout is not layout or plan.mask != mask:
+    if plan.layout is not layout or (plan.mask is not mask and plan.mask != mask):
         raise ValueError("plan: made for another layout or mask; call plan_attention() for this batch")
     if plan.total_rows != total_rows:
         raise ValueError(f"plan: made for {plan.total_rows} rows, got {total_rows} rows in q")

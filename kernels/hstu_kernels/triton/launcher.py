@@ -163,9 +163,12 @@ def _called(hook: Any) -> bool:
 
 def _pick(places: list[int]) -> Callable[[tuple[float, ...]], tuple[Any, ...]]:
     """A function that takes these entries of a tuple."""
+    if not places:
+        return lambda numbers: ()
     if len(places) > 1:
         return operator.itemgetter(*places)
-    return lambda numbers: tuple(numbers[place] for place in places)
+    only = places[0]
+    return lambda numbers: (numbers[only],)
 
 
 def _device_of(arrays: Sequence[Argument]) -> int:

@@ -17,6 +17,7 @@ from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import Tile, TileSet, float32_precision, padded_width, tile_set
 from hstu_kernels.bias import RelativeBias
+from hstu_kernels.gradients import needs_gradient
 from hstu_kernels.mask import AttentionMask
 from hstu_kernels.triton.launcher import Argument, Variant
 
@@ -51,11 +52,10 @@ def triton_attention(
     if tiles is None:
         biased = pos_table is not None or time_table is not None
         tiles = _tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased)
-    arguments = (q, k, v, pos_table, time_table, plan, alpha, scale, tiles)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
-        out: Tensor = _TritonAttention.apply(*arguments)  # type: ignore[no-untyped-call]
-        return out
-    return triton_forward(*arguments)
+    if not needs_gradient(q, k, v, pos_table, time_table):
+        return triton_forward(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)
+    out: Tensor = _TritonAttention.apply(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -268,6 +268,8 @@ def _divided(pos_table: Tensor | None, time_table: Tensor | None, alpha: float) 
 
     Where it is too small to divide by, `_Call` takes rows of 0 and 1.0 for it, which give the same logits.
     """
+    if pos_table is None and time_table is None:
+        return None, None
     divisor = 1.0 if abs(alpha) < _LEAST_ALPHA else alpha
     pos, time = (
         None if table is None else (table.detach().to(torch.float32) / divisor).contiguous()

@@ -108,5 +108,7 @@ def _variant(
 
 
 def _in_float32(pos_table: Tensor | None, time_table: Tensor | None) -> Tables:
+    if pos_table is None and time_table is None:
+        return None, None
     pos, time = (None if table is None else table.detach().float().contiguous() for table in (pos_table, time_table))
     return pos, time
