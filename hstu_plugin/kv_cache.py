@@ -219,9 +219,8 @@ class ChannelCache:
         return [max(0, self.pages.pages_for(rows) - own) for own, rows in zip(owned, last, strict=True)]
 
     def _layout(self, lengths: Sequence[int]) -> JaggedLayout:
-        counts = torch.tensor(lengths, dtype=torch.int64).to(self.pages.shape.device, non_blocking=True)
-        longest = max(lengths, default=0)
-        return JaggedLayout.from_lengths(counts, max_seq_len=longest, contextual_seq_len=self.contextual_seq_len)
+        device, context = self.pages.shape.device, self.contextual_seq_len
+        return JaggedLayout.from_counts(lengths, device=device, contextual_seq_len=context)
 
     def _entry(self, user: User) -> _Entry:
         if user not in self._entries:

@@ -206,11 +206,10 @@ class MFalconRanker:
             return self._score_by_graph(caches, candidates)
         rows = []
         for part in micro_batches(layout.seq_offsets.tolist(), self.micro_batch_size):
-            counts = torch.tensor(part.counts, dtype=torch.int64).to(layout.device, non_blocking=True)
             times = None if candidates.timestamps is None else candidates.timestamps[part.first : part.last]
             targets = JaggedSequence(
                 candidates.values[part.first : part.last],
-                JaggedLayout.from_lengths(counts, max_seq_len=max(part.counts)),
+                JaggedLayout.from_counts(part.counts, device=layout.device),
                 times,
             )
             rows.append(self._decode(targets, {n: users_of(c, part.user, part.user_end) for n, c in caches.items()}))

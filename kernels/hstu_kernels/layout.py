@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ class JaggedLayout:
     max_seq_len: int
     num_targets: Tensor | None = None
     contextual_seq_len: int = 0
+    # What `check_rows` found right: the number of rows, and the versions of the tensors at that time.
+    _checked: list[tuple[int, int, int]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, tensor in (("seq_offsets", self.seq_offsets), ("num_targets", self.num_targets)):
@@ -69,6 +73,24 @@ class JaggedLayout:
         if max_seq_len is None:
             max_seq_len = int(seq_lengths.max()) if seq_lengths.numel() else 0
         return cls(seq_offsets, max_seq_len, num_targets, contextual_seq_len)
+
+    @classmethod
+    def from_counts(
+        cls, counts: Sequence[int], *, device: torch.device | str = "cpu", contextual_seq_len: int = 0
+    ) -> JaggedLayout:
+        """Build the layout on ``device`` from lengths that the host knows; nothing has to ask the device for them.
+
+        Raises:
+            ValueError: a length is negative.
+        """
+        if counts and min(counts) < 0:
+            raise ValueError(f"counts: expected lengths >= 0, got {min(counts)}")
+        ends = list(accumulate(counts, initial=0))
+        offsets = torch.tensor(ends, dtype=torch.int64).to(device, non_blocking=True)
+        layout = cls(offsets, max(counts, default=0), contextual_seq_len=contextual_seq_len)
+        if not any(0 < count < contextual_seq_len for count in counts):
+            layout._checked.append((ends[-1], *layout._versions()))
+        return layout
 
     @property
     def batch_size(self) -> int:
@@ -117,7 +139,13 @@ class JaggedLayout:
         return replace(trimmed, contextual_seq_len=self.contextual_seq_len)
 
     def check_rows(self, name: str, rows: int) -> None:
-        """Raise ``ValueError`` unless the layout is consistent and covers ``rows`` rows. Reads the device."""
+        """Raise ``ValueError`` unless the layout is consistent and covers ``rows`` rows.
+
+        Reads the device, unless this was found right before and the tensors have not been written to since.
+        """
+        found = (rows, *self._versions())
+        if found in self._checked:
+            return
         offsets = self.seq_offsets.cpu()
         lengths = offsets.diff()
         if int(offsets[0]) != 0 or bool((lengths < 0).any()):
@@ -143,6 +171,15 @@ class JaggedLayout:
                 f"contextual_seq_len: sequence {b} has {int(lengths[b] - targets[b])} rows before its targets, fewer "
                 f"than the {self.contextual_seq_len} contextual rows that every non-empty sequence must have"
             )
+        self._checked[:] = [found]
+
+    def _versions(self) -> tuple[int, int]:
+        return _version(self.seq_offsets), 0 if self.num_targets is None else _version(self.num_targets)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; not counted in inference mode."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True, slots=True)

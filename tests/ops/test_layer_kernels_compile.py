@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set:
 
 CHIPS = pytest.mark.parametrize("capability", [80, 90, 100], ids=str)
 WIDE = ("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "weight_ptr", "bias_ptr")
-SCALARS = {"eps": "fp32", "inverse": "fp32", "threshold": "i64", "total": "i64"}
+SCALARS = {"eps": "fp32", "inverse": "fp32", "threshold": "i64"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,7 +42,7 @@ def compiled(kernel: Any, capability: int, constants: dict[str, Any], warps: int
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, argument in enumerate(kernel.arg_names)
-        if signature[argument].startswith("*") or argument.endswith("_stride") or argument == "total"
+        if signature[argument].startswith("*") or argument.endswith("_stride")
     }
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from hstu_kernels.attention.reference import reference_attention, reference_targ
 from hstu_kernels.attention.triton import TritonPlan, interpreting, plan_triton, triton_installed
 from hstu_kernels.backend import Backend, CallFacts, UnsupportedBackend, resolve_backend
 from hstu_kernels.bias import RelativeBias
+from hstu_kernels.gradients import needs_gradient
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
 
@@ -191,7 +193,7 @@ def hstu_target_attention(
         if bias.timestamps is None or bias.timestamps.numel() != cache.k.shape[0]:
             raise ValueError(f"bias.timestamps: expected one entry for each of {cache.k.shape[0]} cached rows")
     if resolved is Backend.TRITON:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, cache.k, cache.v)):
+        if needs_gradient(q, k, v, cache.k, cache.v):
             raise UnsupportedBackend(
                 "backend: triton's cached target attention has no gradient; score under torch.no_grad() or "
                 "torch.inference_mode(), or use backend='eager'"
@@ -219,10 +221,18 @@ def _resolve(
     qk_dim: int | None = None,
     v_dim: int | None = None,
 ) -> Backend:
+    # A compiler traces the decision itself; otherwise it is made once for each kind of call.
+    decide = _decide if torch.compiler.is_compiling() else _decided
+    return decide(backend, device.type, dtype, qk_dim, v_dim)
+
+
+def _decide(
+    backend: Backend | str, device_type: str, dtype: torch.dtype | None, qk_dim: int | None, v_dim: int | None
+) -> Backend:
     facts = None
     if backend == Backend.TRITON:
         facts = CallFacts(
-            device_type=device.type,
+            device_type=device_type,
             dtype=dtype,
             qk_dim=qk_dim,
             v_dim=v_dim,
@@ -230,6 +240,9 @@ def _resolve(
             interpreting=interpreting(),
         )
     return resolve_backend(backend, facts)
+
+
+_decided = functools.lru_cache(maxsize=256)(_decide)
 
 
 def _bias_shape(bias: RelativeBias | None) -> tuple[Tensor | None, Tensor | None, int, int]:
@@ -255,7 +268,7 @@ def _check_plan(
 ) -> None:
     if plan.backend is not resolved:
         raise ValueError(f"plan: expected one made for backend {resolved}, got {plan.backend}")
-    if plan.layout is not layout or plan.mask != mask:
+    if plan.layout is not layout or (plan.mask is not mask and plan.mask != mask):
         raise ValueError("plan: made for another layout or mask; call plan_attention() for this batch")
     if plan.total_rows != total_rows:
         raise ValueError(f"plan: made for {plan.total_rows} rows, got {total_rows} rows in q")
@@ -266,6 +279,21 @@ def _check_plan(
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shape, dtype, device = q.shape, q.dtype, q.device
+    # In one go what nearly every call passes; `_refuse_qkv` finds out what is wrong.
+    if (
+        len(shape) != 3
+        or k.shape != shape
+        or v.dim() != 3
+        or v.shape[:2] != shape[:2]
+        or not (k.dtype == v.dtype == dtype)
+        or not (k.device == v.device == device)
+        or not q.is_floating_point()
+    ):
+        _refuse_qkv(q, k, v)
+
+
+def _refuse_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ValueError(f"{name}: expected [L, H, D], got shape {tuple(tensor.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hstu_kernels.attention.triton import interpreting, triton_installed
 from hstu_kernels.backend import Backend, CallFacts, resolve_backend
 from hstu_kernels.dropout import new_seed
 from hstu_kernels.gated_norm.ops import run_backward, run_forward
+from hstu_kernels.gradients import needs_gradient, without_autocast
 
 
 def gated_norm(
@@ -46,6 +48,9 @@ def gated_norm(
         UnsupportedBackend: an explicit backend cannot serve the call.
     """
     seed, resolved = _prepare(attended, u, weight, bias, dropout, seed, backend)
+    if resolved is Backend.TRITON and not needs_gradient(attended, u, weight, bias):
+        options: dict[str, Any] = {"eps": eps, "dropout": dropout, "concat": concat, "dtype": attended.dtype}
+        return run_forward(resolved, attended, u, weight, bias, seed, **options)[0]
     out: Tensor = _GatedNorm.apply(attended, u, weight, bias, seed, eps, dropout, concat, resolved)  # type: ignore[no-untyped-call]
     return out
 
@@ -82,6 +87,11 @@ def gated_linear(
         raise ValueError(f"out_weight: expected [D, {width}], got {tuple(out_weight.shape)}")
     if out_weight.dtype != attended.dtype:
         raise TypeError(f"out_weight: expected {attended.dtype} as attended, got {out_weight.dtype}")
+    if resolved is Backend.TRITON and not needs_gradient(attended, u, weight, bias, out_weight, out_bias):
+        of_gate: dict[str, Any] = {"eps": eps, "dropout": dropout, "concat": concat, "dtype": attended.dtype}
+        gated = run_forward(resolved, attended, u, weight, bias, seed, **of_gate)[0]
+        with without_autocast(attended.device.type):
+            return F.linear(gated, out_weight, out_bias)
     options = (eps, dropout, concat, store_gated, resolved)
     out: Tensor = _GatedLinear.apply(attended, u, weight, bias, out_weight, out_bias, seed, *options)  # type: ignore[no-untyped-call]
     return out
@@ -137,7 +147,7 @@ class _GatedLinear(torch.autograd.Function):
         kept = gated if store_gated else None
         ctx.save_for_backward(a, u, weight, bias, mean, rstd, seed, out_weight, kept)
         ctx.bias_dtype = None if out_bias is None else out_bias.dtype
-        with torch.autocast(a.device.type, enabled=False):
+        with without_autocast(a.device.type):
             return F.linear(gated, out_weight, out_bias)
 
     @staticmethod
@@ -147,7 +157,7 @@ class _GatedLinear(torch.autograd.Function):
         if gated is None:
             options = {"eps": ctx.eps, "dtype": a.dtype, **ctx.options}
             gated = run_forward(ctx.backend, a, u, weight, bias, seed, **options)[0]
-        with torch.autocast(a.device.type, enabled=False):
+        with without_autocast(a.device.type):
             dout_weight = grad.t() @ gated if ctx.needs_input_grad[4] else None
             del gated
             dgated = grad @ out_weight
@@ -196,14 +206,21 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
 
 def resolved_backend(x: Tensor, backend: Backend | str) -> Backend:
     """`resolve_backend` for rows ``x``."""
+    # A compiler traces the decision itself; otherwise it is made once for each kind of call.
+    decide = _decide if torch.compiler.is_compiling() else _decided
+    return decide(backend, x.device.type, x.dtype)
+
+
+def _decide(backend: Backend | str, device_type: str, dtype: torch.dtype) -> Backend:
     facts = None
     if backend == Backend.TRITON:
         # Only then: looking for Triton is not free.
         installed, interpreted = triton_installed(), interpreting()
-        facts = CallFacts(
-            device_type=x.device.type, dtype=x.dtype, triton_installed=installed, interpreting=interpreted
-        )
+        facts = CallFacts(device_type=device_type, dtype=dtype, triton_installed=installed, interpreting=interpreted)
     return resolve_backend(backend, facts)
+
+
+_decided = functools.lru_cache(maxsize=256)(_decide)
 
 
 def _autocast(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hstu_kernels.backend import Backend
 from hstu_kernels.gated_norm.api import check_norm, resolved_backend
 from hstu_kernels.gated_norm.ops import run_backward, run_forward
+from hstu_kernels.gradients import needs_gradient, without_autocast
 from hstu_kernels.projection.ops import run_silu, run_silu_backward
 
 
@@ -61,7 +62,13 @@ def norm_linear_silu(
     activated = columns if activated is None else activated
     if not 0 <= activated <= columns:
         raise ValueError(f"activated: expected a number in [0, {columns}], got {activated}")
-    options = (eps, activated, store_normed, store_mixed, resolved_backend(x, backend))
+    resolved = resolved_backend(x, backend)
+    if resolved is Backend.TRITON and not needs_gradient(x, norm_weight, norm_bias, weight, bias):
+        normed = run_forward(resolved, x, None, norm_weight, norm_bias, None, eps=eps, dtype=weight.dtype)[0]
+        with without_autocast(x.device.type):
+            mixed = F.linear(normed, weight, bias)
+        return run_silu(resolved, mixed, activated)
+    options = (eps, activated, store_normed, store_mixed, resolved)
     out: Tensor = _NormLinearSilu.apply(x, norm_weight, norm_bias, weight, bias, *options)  # type: ignore[no-untyped-call]
     return out
 
@@ -83,7 +90,7 @@ class _NormLinearSilu(torch.autograd.Function):
     ) -> Tensor:
         ctx.eps, ctx.activated, ctx.backend = eps, activated, backend
         normed, mean, rstd = run_forward(backend, x, None, norm_weight, norm_bias, None, eps=eps, dtype=weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             mixed = F.linear(normed, weight, bias)
         out = run_silu(backend, mixed, activated)
         kept = (normed if store_normed else None, mixed if store_mixed else None)
@@ -95,7 +102,7 @@ class _NormLinearSilu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, bias, mean, rstd, normed, mixed = ctx.saved_tensors
         norm = (norm_weight, norm_bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             if normed is None:
                 normed = run_forward(ctx.backend, x, None, *norm, None, eps=ctx.eps, dtype=weight.dtype)[0]
             if mixed is None:

@@ -142,7 +142,7 @@ def _add_keys(
     return acc, time_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alpha", "scale"])
 def hstu_bwd_dq_kernel(
     q_ptr,
     k_ptr,
@@ -396,7 +396,7 @@ def _add_rows(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alpha", "scale"])
 def hstu_bwd_dkdv_kernel(
     q_ptr,
     k_ptr,

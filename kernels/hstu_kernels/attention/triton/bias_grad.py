@@ -62,7 +62,7 @@ def _head_gradient(
     return slope * tl.dot(dout, tl.trans(v), input_precision=SHAPE.precision)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alpha"])
 def hstu_bwd_bias_kernel(
     q_ptr,
     k_ptr,

@@ -108,7 +108,7 @@ def _add_keys(
     return tl.dot(weights.to(v.dtype), v, acc, input_precision=SHAPE.precision)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alpha", "scale"])
 def hstu_fwd_kernel(
     q_ptr,
     k_ptr,

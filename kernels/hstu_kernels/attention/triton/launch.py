@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hstu_kernels.attention.triton import interpreting
+from hstu_kernels.attention.triton.arguments import Tables, addressable, panels, shape_of
 from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
-from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet, float32_precision, padded_width, tile_set
+from hstu_kernels.attention.triton.tiles import Tile, TileSet, float32_precision, padded_width, tile_set
 from hstu_kernels.bias import RelativeBias
+from hstu_kernels.gradients import needs_gradient
+from hstu_kernels.mask import AttentionMask
+from hstu_kernels.triton.launcher import Argument, Variant
 
 # Partial sums of the position table that programs share; more of them: fewer programs wait for one address.
 POSITION_COPIES = 32
-# Offsets inside a tile are int32: 256 rows of a stride below this never overflow.
-_LARGEST_STRIDE = 1 << 22
 # Beneath it a logit's product is nothing beside any bias.
 _LEAST_ALPHA = 2.0**-100
+
+_KERNELS = {
+    "forward": hstu_fwd_kernel,
+    "dq": hstu_bwd_dq_kernel,
+    "dkdv": hstu_bwd_dkdv_kernel,
+    "bias": hstu_bwd_bias_kernel,
+}
+_tile_set = functools.lru_cache(maxsize=64)(tile_set)
 
 
 def triton_attention(
@@ -40,8 +49,11 @@ def triton_attention(
     """Arguments and result as `hstu_kernels.hstu_attention`, with the batch already planned; ``tiles`` for tests."""
     pos_table = None if bias is None else bias.pos_table
     time_table = None if bias is None else bias.time_table
-    biased = pos_table is not None or time_table is not None
-    tiles = tiles or tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased)
+    if tiles is None:
+        biased = pos_table is not None or time_table is not None
+        tiles = _tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased)
+    if not needs_gradient(q, k, v, pos_table, time_table):
+        return triton_forward(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)
     out: Tensor = _TritonAttention.apply(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)  # type: ignore[no-untyped-call]
     return out
 
@@ -61,15 +73,17 @@ class _TritonAttention(torch.autograd.Function):
         tiles: TileSet,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, pos_table, time_table)
-        ctx.plan, ctx.alpha, ctx.scale, ctx.tiles = plan, alpha, scale, tiles
-        return triton_forward(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)
+        ctx.options = (plan, alpha, scale, tiles)
+        ctx.divided = divided = _divided(pos_table, time_table, alpha)
+        return triton_forward(q, k, v, pos_table, time_table, plan, alpha, scale, tiles, divided)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, pos_table, time_table = ctx.saved_tensors
-        options = (ctx.plan, ctx.alpha, ctx.scale, ctx.tiles, ctx.needs_input_grad[:5])
-        return *triton_backward(grad, q, k, v, pos_table, time_table, *options), None, None, None, None
+        options = (*ctx.options, ctx.needs_input_grad[:5], ctx.divided)
+        found = triton_backward(grad, q, k, v, pos_table, time_table, *options)
+        return *found, None, None, None, None
 
 
 def triton_forward(
@@ -82,32 +96,15 @@ def triton_forward(
     alpha: float,
     scale: float,
     tiles: TileSet,
+    divided: Tables | None = None,
 ) -> Tensor:
-    """The forward alone, outside autograd."""
-    q, alpha = _divisible(q, alpha)
-    q, k, v = addressable(q), addressable(k), addressable(v)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    """The forward alone, outside autograd; ``divided``: the tables from `_divided`, where they are there already."""
+    call = _Call(q, k, v, pos_table, time_table, plan, alpha, scale, divided)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
     tile = tiles.forward
-    work = plan.query_work(tile.block_m, tile.block_n)
-    shape = _kernel_shape(q, v, (k, v), pos_table, time_table, plan, tile)
-    if out.numel():
-        hstu_fwd_kernel[(work.shape[0] * shape.heads,)](
-            q,
-            k,
-            v,
-            out,
-            *descriptors(shape, (k, v), tile.block_n),
-            *_bias_arguments(pos_table, time_table, plan, alpha),
-            plan.block_spans("key", tile.block_n),
-            work,
-            *strides(q, k, v),
-            alpha,
-            scale,
-            SHAPE=shape,
-            MASK=plan.mask,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    if call.rows:
+        work = plan.query_work(tile.block_m, tile.block_n)
+        call.launch("forward", tile, work, (out,), (call.k, call.v))
     return out
 
 
@@ -123,101 +120,167 @@ def triton_backward(
     scale: float,
     tiles: TileSet,
     needed: Sequence[bool],
+    divided: Tables | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and the two tables, outside autograd; ``None`` where ``needed`` says no."""
     need_q, need_k, need_v, need_pos, need_time = needed
-    q, divisor = _divisible(q, alpha)
-    vanishes, alpha = divisor != alpha, divisor
-    q, k, v, grad = addressable(q), addressable(k), addressable(v), grad.contiguous()
-    common = _bias_arguments(pos_table, time_table, plan, alpha)
-    steps = strides(q, k, v)
+    call = _Call(q, k, v, pos_table, time_table, plan, alpha, scale, divided)
+    grad = grad.contiguous()
     dq = dk = dv = None
     pos_sums, time_sums = _table_sums(
         q, pos_table if need_pos else None, time_table if need_time else None, plan, tiles
     )
+    entries = 0 if time_sums is None else time_sums.shape[1]
     if need_q or need_pos or need_time:
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         tile = tiles.dq
-        work = plan.query_work(tile.block_m, tile.block_n)
-        shape = _kernel_shape(q, v, (k, v), pos_table, time_table, plan, tile)
-        if dq.numel():
-            hstu_bwd_dq_kernel[(work.shape[0] * shape.heads,)](
-                q,
-                k,
-                v,
-                grad,
-                dq,
-                *descriptors(shape, (k, v), tile.block_n),
-                *common,
-                plan.block_spans("key", tile.block_n),
-                pos_sums,
-                time_sums,
-                work,
-                *steps,
-                alpha,
-                scale,
-                SHAPE=shape,
-                MASK=plan.mask,
-                ENTRIES=0 if time_sums is None else time_sums.shape[1],
-                COPIES=POSITION_COPIES,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+        if call.rows:
+            work = plan.query_work(tile.block_m, tile.block_n)
+            sums = (pos_sums, time_sums)
+            call.launch("dq", tile, work, (grad, dq), (call.k, call.v), sums, entries)
     if need_k or need_v:
-        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         tile = tiles.dkdv
-        work = plan.key_work(tile.block_m, tile.block_n)
-        shape = _kernel_shape(q, v, (q, grad), pos_table, time_table, plan, tile)
-        if dk.numel():
-            hstu_bwd_dkdv_kernel[(work.shape[0] * shape.heads,)](
-                q,
-                k,
-                v,
-                grad,
-                dk,
-                dv,
-                *descriptors(shape, (q, grad), tile.block_m),
-                *common,
-                plan.block_spans("query", tile.block_m),
-                work,
-                *steps,
-                alpha,
-                scale,
-                SHAPE=shape,
-                MASK=plan.mask,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
-    if time_sums is not None and q.numel():
+        if call.rows:
+            work = plan.key_work(tile.block_m, tile.block_n)
+            call.launch("dkdv", tile, work, (grad, dk, dv), (call.q, grad))
+    if time_sums is not None and call.rows:
         tile = tiles.bias
         work = plan.query_work(tile.block_m, tile.block_n)
-        hstu_bwd_bias_kernel[(work.shape[0],)](
-            q,
-            k,
-            v,
-            grad,
-            time_sums[work.shape[0] * q.shape[1] :],
-            *common,
-            plan.block_spans("key", tile.block_n),
-            work,
-            *steps,
-            alpha,
-            SHAPE=_kernel_shape(q, v, (), pos_table, time_table, plan, tile),
-            MASK=plan.mask,
-            ENTRIES=time_sums.shape[1],
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-    if vanishes and dq is not None:
+        call.launch("bias", tile, work, (grad, time_sums[work.shape[0] * call.heads :]), entries=entries)
+    if call.vanishes and dq is not None:
         dq.zero_()
     dpos, dtime = _add_up(pos_sums, pos_table, scale), _add_up(time_sums, time_table, scale)
     return dq if need_q else None, dk, dv, dpos, dtime
 
 
+class _Call:
+    """What the kernels of one call share: inputs that they can address, the bias, and the numbers."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pos_table: Tensor | None,
+        time_table: Tensor | None,
+        plan: TritonPlan,
+        alpha: float,
+        scale: float,
+        divided: Tables | None,
+    ) -> None:
+        self.rows, self.heads, qk_dim = q.shape
+        self.tables = _divided(pos_table, time_table, alpha) if divided is None else divided
+        self.vanishes = abs(alpha) < _LEAST_ALPHA
+        if self.vanishes:
+            q, alpha = torch.zeros_like(q), 1.0
+        self.q, q_row, q_head = addressable(q)
+        self.k, k_row, k_head = addressable(k)
+        self.v, v_row, v_head = addressable(v)
+        self.plan = plan
+        self.numbers = (q_row, q_head, k_row, k_head, v_row, v_head, float(alpha), float(scale))
+        self.facts = (
+            self.heads,
+            qk_dim,
+            v.shape[2],
+            q.dtype,
+            plan.mask,
+            plan.layout.contextual_seq_len,
+            -1 if pos_table is None else (pos_table.numel() - 1) // 2,
+            -1 if time_table is None else time_table.numel() - 1,
+            float32_precision() if q.dtype == torch.float32 else "ieee",
+        )
+
+    def launch(
+        self,
+        role: str,
+        tile: Tile,
+        work: Tensor,
+        own: tuple[Tensor, ...],
+        streamed: tuple[Tensor, ...] = (),
+        sums: tuple[Tensor | None, ...] = (),
+        entries: int = 0,
+    ) -> None:
+        """Launch one kernel.
+
+        Args:
+            work: its work list.
+            own: the arrays between q, k, v and what streams: gradients that come in, and results.
+            streamed: the arrays whose blocks the main loop fetches; none where the kernel has no descriptors.
+            sums: partial sums of the tables. entries: columns of those of the time table, 0 without.
+        """
+        plan = self.plan
+        of_keys = role == "dkdv"
+        side, block = ("query", tile.block_m) if of_keys else ("key", tile.block_n)
+        described: Sequence[Argument] | None = panels(streamed, block) if streamed else ()
+        kernel = _variant(role, *self.facts, tile, bool(described), entries)
+        if described is None:
+            described = (None,) * len(streamed)
+        kernel(
+            work.shape[0] * (1 if role == "bias" else self.heads),
+            (
+                self.q,
+                self.k,
+                self.v,
+                *own,
+                *described,
+                *self.tables,
+                plan.boundaries,
+                plan.row_times,
+                plan.key_times,
+                plan.block_spans(side, block),
+                *sums,
+                work,
+            ),
+            # The kernel of the bias leaves the factor ``scale`` to those who add up.
+            self.numbers[:-1] if role == "bias" else self.numbers,
+        )
+
+
+@functools.lru_cache(maxsize=512)
+def _variant(
+    role: str,
+    heads: int,
+    qk_dim: int,
+    v_dim: int,
+    dtype: torch.dtype,
+    mask: AttentionMask,
+    contextual: int,
+    reach: int,
+    buckets: int,
+    precision: str,
+    tile: Tile,
+    descriptors: bool,
+    entries: int,
+) -> Variant:
+    shape = shape_of(heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, tile, descriptors)
+    constants: dict[str, Any] = {"SHAPE": shape, "MASK": mask}
+    if role in ("dq", "bias"):
+        constants["ENTRIES"] = entries
+    if role == "dq":
+        constants["COPIES"] = POSITION_COPIES
+    return Variant(_KERNELS[role], **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def _divided(pos_table: Tensor | None, time_table: Tensor | None, alpha: float) -> Tables:
+    """In float32, divided by alpha: the kernels multiply the whole logit by it.
+
+    Where it is too small to divide by, `_Call` takes rows of 0 and 1.0 for it, which give the same logits.
+    """
+    if pos_table is None and time_table is None:
+        return None, None
+    divisor = 1.0 if abs(alpha) < _LEAST_ALPHA else alpha
+    pos, time = (
+        None if table is None else (table.detach().to(torch.float32) / divisor).contiguous()
+        for table in (pos_table, time_table)
+    )
+    return pos, time
+
+
 def _table_sums(
     q: Tensor, pos_table: Tensor | None, time_table: Tensor | None, plan: TritonPlan, tiles: TileSet
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Tables:
     """Partial sums in float32: ``[POSITION_COPIES, 2N - 1]`` that programs add to, and a line for each program.
 
     The lines are those of `hstu_bwd_dq_kernel` and, behind them, those of `hstu_bwd_bias_kernel`.
@@ -237,86 +300,3 @@ def _add_up(sums: Tensor | None, table: Tensor | None, scale: float) -> Tensor |
     if sums is None or table is None:
         return None
     return (sums.sum(0, dtype=torch.float64)[: table.numel()] * scale).to(table.dtype)
-
-
-def _kernel_shape(
-    q: Tensor,
-    v: Tensor,
-    streamed: tuple[Tensor, ...],
-    pos_table: Tensor | None,
-    time_table: Tensor | None,
-    plan: TritonPlan,
-    tile: Tile,
-) -> KernelShape:
-    return KernelShape(
-        heads=q.shape[1],
-        qk_dim=q.shape[2],
-        v_dim=v.shape[2],
-        block_qk=padded_width(q.shape[2]),
-        block_v=padded_width(v.shape[2]),
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        contextual=plan.layout.contextual_seq_len,
-        reach=-1 if pos_table is None else (pos_table.numel() - 1) // 2,
-        buckets=-1 if time_table is None else time_table.numel() - 1,
-        # The interpreter has no inline assembly, and float32 is worth the exact form.
-        exact=q.dtype == torch.float32 or interpreting(),
-        descriptors=describable(streamed),
-        precision=float32_precision(),
-        assembly=not interpreting(),
-    )
-
-
-def describable(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the tensor copy engine can fetch rows of these ``[L, H, D]`` tensors: a matter of chip and alignment."""
-    return (
-        bool(tensors)
-        and all(
-            x.element_size() == 2
-            and x.shape[2] == padded_width(x.shape[2])
-            and x.data_ptr() % 16 == 0
-            and x.stride(0) % 8 == 0
-            and x.stride(1) % 8 == 0
-            # Rows and columns are 32-bit in a descriptor, and it wants some.
-            and 0 < x.shape[0] < 1 << 31
-            for x in tensors
-        )
-        and (interpreting() or torch.cuda.get_device_capability(tensors[0].device) >= (9, 0))
-    )
-
-
-def descriptors(shape: KernelShape, tensors: tuple[Tensor, ...], rows: int) -> tuple[TensorDescriptor | None, ...]:
-    """One for each tensor, over its rows and the columns of all heads; None where the kernel takes pointers."""
-    if not shape.descriptors:
-        return (None,) * len(tensors)
-    return tuple(
-        TensorDescriptor(
-            x, [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]]
-        )
-        for x in tensors
-    )
-
-
-def _bias_arguments(
-    pos_table: Tensor | None, time_table: Tensor | None, plan: TritonPlan, alpha: float
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Tables in float32, divided by alpha: the kernels multiply the whole logit by it."""
-    tables = [
-        None if table is None else (table.detach().to(torch.float32) / alpha).contiguous()
-        for table in (pos_table, time_table)
-    ]
-    return tables[0], tables[1], plan.boundaries, plan.row_times, plan.key_times
-
-
-def _divisible(q: Tensor, alpha: float) -> tuple[Tensor, float]:
-    """``q`` and ``alpha`` as they are; rows of 0 and 1.0 where ``alpha`` is too small to divide a bias by."""
-    return (q, alpha) if abs(alpha) >= _LEAST_ALPHA else (torch.zeros_like(q), 1.0)
-
-
-def strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
-
-
-def addressable(x: Tensor) -> Tensor:
-    """``x`` itself where a kernel can address it: columns next to each other, rows not absurdly far apart."""
-    return x if x.stride(2) == 1 and 0 < x.stride(0) < _LARGEST_STRIDE else x.contiguous()

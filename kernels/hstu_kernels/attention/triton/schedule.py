@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from hstu_kernels.bias import RelativeBias, bucket_boundaries, next_event_timestamps
 from hstu_kernels.layout import JaggedLayout
 from hstu_kernels.mask import AttentionMask
+
+if TYPE_CHECKING:
+    from hstu_kernels.triton.launcher import Variant
 
 # A line: sequence start, length, history end, tile begin; full segments (origin, blocks up to its end) x 2;
 # edge segments (origin, blocks up to its end) x 5. Block i of the segment it falls into begins at origin + i * block.
@@ -69,31 +73,28 @@ class TritonPlan:
         return self.work[key]
 
     def _write(self, of_query: bool, block_m: int, block_n: int) -> Tensor:
-        # Here, so that this module imports without Triton.
-        from hstu_kernels.attention.triton.work import hstu_work_kernel
-
         layout = self.layout
         lines = list_length(self.total_rows, layout.batch_size, block_m if of_query else block_n)
         programs = (lines + _SLOTS - 1) // _SLOTS
         work = torch.empty(programs * _SLOTS, LINE, dtype=torch.int64, device=layout.device)
         if lines:
-            hstu_work_kernel[(programs,)](
-                work,
-                self.order,
-                self.ends,
-                layout.seq_offsets,
-                layout.num_targets,
-                layout.batch_size,
-                layout.batch_size.bit_length(),
-                CONTEXTUAL=layout.contextual_seq_len,
-                MASK=self.mask,
-                BLOCK_M=block_m,
-                BLOCK_N=block_n,
-                OF_QUERY=of_query,
-                SLOTS=_SLOTS,
-                num_warps=1,
-            )
+            kernel = _list_writer(layout.contextual_seq_len, self.mask, block_m, block_n, of_query)
+            batch = layout.batch_size
+            arrays = (work, self.order, self.ends, layout.seq_offsets, layout.num_targets)
+            kernel(programs, arrays, (batch, batch.bit_length()))
         return work[:lines]
+
+
+@functools.lru_cache(maxsize=256)
+def _list_writer(contextual: int, mask: AttentionMask, block_m: int, block_n: int, of_query: bool) -> Variant:
+    # Here, so that this module imports without Triton.
+    from hstu_kernels.attention.triton.work import hstu_work_kernel
+    from hstu_kernels.triton.launcher import Variant
+
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    return Variant(
+        hstu_work_kernel, CONTEXTUAL=contextual, MASK=mask, **blocks, OF_QUERY=of_query, SLOTS=_SLOTS, num_warps=1
+    )
 
 
 def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None, total_rows: int) -> TritonPlan:

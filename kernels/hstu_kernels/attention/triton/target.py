@@ -111,7 +111,7 @@ def _add_cached(
     return tl.dot(weights.to(v.dtype), v, acc, input_precision=SHAPE.precision)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "alpha", "scale"])
 def hstu_target_kernel(
     q_ptr,
     k_ptr,

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from hstu_kernels.attention.triton import interpreting
-from hstu_kernels.attention.triton.launch import addressable, describable, descriptors, strides
+from hstu_kernels.attention.triton.arguments import Tables, addressable, panels, shape_of
 from hstu_kernels.attention.triton.schedule import device_boundaries
 from hstu_kernels.attention.triton.target import hstu_target_kernel
-from hstu_kernels.attention.triton.tiles import (
-    KernelShape,
-    Tile,
-    float32_precision,
-    padded_width,
-    tile_set,
-    unpipelined,
-)
+from hstu_kernels.attention.triton.tiles import Tile, float32_precision, tile_set, unpipelined
 from hstu_kernels.bias import RelativeBias
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
+from hstu_kernels.triton.launcher import Variant
 
 
 def triton_target_attention(
@@ -39,54 +34,81 @@ def triton_target_attention(
     pos_table = None if bias is None else bias.pos_table
     time_table = None if bias is None else bias.time_table
     biased = pos_table is not None or time_table is not None
-    tile = tile or tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased).forward
-    tile = unpipelined(tile) if biased else tile
-    q, k, v, cache_k, cache_v = (addressable(x) for x in (q, k, v, cache.k, cache.v))
-    shape = KernelShape(
-        heads=q.shape[1],
-        qk_dim=q.shape[2],
-        v_dim=v.shape[2],
-        block_qk=padded_width(q.shape[2]),
-        block_v=padded_width(v.shape[2]),
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        contextual=cache.layout.contextual_seq_len,
-        reach=-1 if pos_table is None else (pos_table.numel() - 1) // 2,
-        buckets=-1 if time_table is None else time_table.numel() - 1,
-        exact=q.dtype == torch.float32 or interpreting(),
-        descriptors=describable((cache_k, cache_v)),
-        precision=float32_precision(),
-    )
+    rows, heads, qk_dim = q.shape
+    tile = _tile(qk_dim, v.shape[2], q.dtype, biased, tile)
     row_times = key_times = bounds = None
     if bias is not None and bias.time_table is not None:
         assert bias.row_timestamps is not None and bias.timestamps is not None
         row_times, key_times = bias.row_timestamps.contiguous(), bias.timestamps.contiguous()
         bounds = device_boundaries(bias.num_buckets, q.device)
-    tables = (None if table is None else table.detach().float().contiguous() for table in (pos_table, time_table))
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if out.numel():
-        slots = q.shape[0] // tile.block_m + layout.batch_size
-        hstu_target_kernel[(slots * shape.heads,)](
-            q,
-            k,
-            v,
-            cache_k,
-            cache_v,
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if not out.numel():
+        return out
+    strides: list[int] = []
+    inputs = []
+    for x in (q, k, v, cache.k, cache.v):
+        x, row, head = addressable(x)
+        inputs.append(x)
+        strides += (row, head)
+    described = panels((inputs[3], inputs[4]), tile.block_n)
+    kernel = _variant(
+        heads,
+        qk_dim,
+        v.shape[2],
+        q.dtype,
+        mask,
+        cache.layout.contextual_seq_len,
+        -1 if pos_table is None else (pos_table.numel() - 1) // 2,
+        -1 if time_table is None else time_table.numel() - 1,
+        float32_precision() if q.dtype == torch.float32 else "ieee",
+        tile,
+        described is not None,
+    )
+    slots = rows // tile.block_m + layout.batch_size
+    kernel(
+        slots * heads,
+        (
+            *inputs,
             out,
-            *descriptors(shape, (cache_k, cache_v), tile.block_n),
-            *tables,
+            *(described or (None, None)),
+            *_in_float32(pos_table, time_table),
             bounds,
             row_times,
             key_times,
             layout.seq_offsets,
             cache.layout.seq_offsets,
-            layout.batch_size,
-            *strides(q, k, v, cache_k, cache_v),
-            alpha,
-            scale,
-            SHAPE=shape,
-            MASK=mask,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+        ),
+        (layout.batch_size, *strides, float(alpha), float(scale)),
+    )
     return out
+
+
+@functools.lru_cache(maxsize=64)
+def _tile(qk_dim: int, v_dim: int, dtype: torch.dtype, biased: bool, chosen: Tile | None) -> Tile:
+    tile = chosen or tile_set(qk_dim, v_dim, dtype, biased=biased).forward
+    return unpipelined(tile) if biased else tile
+
+
+@functools.lru_cache(maxsize=512)
+def _variant(
+    heads: int,
+    qk_dim: int,
+    v_dim: int,
+    dtype: torch.dtype,
+    mask: AttentionMask,
+    contextual: int,
+    reach: int,
+    buckets: int,
+    precision: str,
+    tile: Tile,
+    descriptors: bool,
+) -> Variant:
+    shape = shape_of(heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, tile, descriptors)
+    return Variant(hstu_target_kernel, SHAPE=shape, MASK=mask, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def _in_float32(pos_table: Tensor | None, time_table: Tensor | None) -> Tables:
+    if pos_table is None and time_table is None:
+        return None, None
+    pos, time = (None if table is None else table.detach().float().contiguous() for table in (pos_table, time_table))
+    return pos, time

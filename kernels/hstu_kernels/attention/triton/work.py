@@ -163,7 +163,7 @@ def _put_row_segments(
     blocks = _put(lines, 16, blocks, tail_full_end, tail_end, live, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "search_steps"])
 def hstu_work_kernel(
     lines_ptr,
     order_ptr,

@@ -26,7 +26,7 @@ def _drop(x, seed, rows, part, threshold, inverse, BLOCK_R: tl.constexpr, BLOCK_
     return tl.where(_kept(seed, rows, part, threshold, BLOCK_R, BLOCK_W), x * inverse, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows", "eps", "inverse"])
 def gate_fwd_kernel(
     a_ptr,
     u_ptr,
@@ -81,7 +81,7 @@ def gate_fwd_kernel(
     tl.store(out_ptrs + (PARTS - 1) * WIDTH, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows", "inverse"])
 def gate_bwd_kernel(
     grad_ptr,
     a_ptr,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from hstu_kernels.dropout import drop_threshold
 from hstu_kernels.gated_norm.triton.kernels import gate_bwd_kernel, gate_fwd_kernel
+from hstu_kernels.triton.launcher import Variant
 
 # Elements of a tile: a row of 512 columns shares a program with three others.
 _TILE = 2048
@@ -31,30 +34,11 @@ def gate_forward(
     a, u = _dense_columns(a), None if u is None else _dense_columns(u)
     out = torch.empty(rows, width * (3 if concat else 1), dtype=dtype, device=a.device)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=a.device) for _ in range(2))
-    block_r, block_w, warps = tile(width)
+    block_r, _, _ = tile(width)
     if rows:
-        gate_fwd_kernel[(-(-rows // block_r),)](
-            a,
-            u,
-            weight,
-            bias,
-            seed,
-            out,
-            mean,
-            rstd,
-            rows,
-            a.stride(0),
-            0 if u is None else u.stride(0),
-            eps,
-            drop_threshold(dropout),
-            1 / (1 - dropout),
-            WIDTH=width,
-            BLOCK_R=block_r,
-            BLOCK_W=block_w,
-            CONCAT=concat,
-            DROPOUT=dropout > 0,
-            num_warps=warps,
-        )
+        numbers = (rows, a.stride(0), 0 if u is None else u.stride(0), eps, drop_threshold(dropout), 1 / (1 - dropout))
+        kernel = _variant(True, width, concat, dropout > 0)
+        kernel(-(-rows // block_r), (a, u, weight, bias, seed, out, mean, rstd), numbers)
     return out, mean, rstd
 
 
@@ -74,7 +58,7 @@ def gate_backward(
     """As the reference; partial sums of the parameters in float32."""
     rows, width = a.shape
     a, u, grad = _dense_columns(a), None if u is None else _dense_columns(u), grad.contiguous()
-    block_r, block_w, warps = tile(width)
+    block_r, _, _ = tile(width)
     programs = max(1, min(_MOST_PROGRAMS, -(-rows // block_r)))
     da = torch.empty(rows, width, dtype=a.dtype, device=a.device)
     du = None if u is None else torch.empty(rows, width, dtype=u.dtype, device=u.device)
@@ -82,30 +66,9 @@ def gate_backward(
         None if parameter is None else torch.empty(programs, width, dtype=torch.float32, device=a.device)
         for parameter in (weight, bias)
     ]
-    gate_bwd_kernel[(programs,)](
-        grad,
-        a,
-        u,
-        weight,
-        bias,
-        mean,
-        rstd,
-        seed,
-        da,
-        du,
-        *sums,
-        rows,
-        a.stride(0),
-        0 if u is None else u.stride(0),
-        drop_threshold(dropout),
-        1 / (1 - dropout),
-        WIDTH=width,
-        BLOCK_R=block_r,
-        BLOCK_W=block_w,
-        CONCAT=concat,
-        DROPOUT=dropout > 0,
-        num_warps=warps,
-    )
+    numbers = (rows, a.stride(0), 0 if u is None else u.stride(0), drop_threshold(dropout), 1 / (1 - dropout))
+    kernel = _variant(False, width, concat, dropout > 0)
+    kernel(programs, (grad, a, u, weight, bias, mean, rstd, seed, da, du, *sums), numbers)
     dweight, dbias = (
         None if total is None or parameter is None else total.sum(0).to(parameter.dtype)
         for total, parameter in zip(sums, (weight, bias), strict=True)
@@ -113,6 +76,21 @@ def gate_backward(
     return da, du, dweight, dbias
 
 
+@functools.lru_cache(maxsize=256)
+def _variant(forward: bool, width: int, concat: bool, dropout: bool) -> Variant:
+    block_r, block_w, warps = tile(width)
+    return Variant(
+        gate_fwd_kernel if forward else gate_bwd_kernel,
+        WIDTH=width,
+        BLOCK_R=block_r,
+        BLOCK_W=block_w,
+        CONCAT=concat,
+        DROPOUT=dropout,
+        num_warps=warps,
+    )
+
+
+@functools.lru_cache(maxsize=256)
 def tile(width: int) -> tuple[int, int, int]:
     """Rows and columns of a tile, and warps."""
     block_w = max(16, 1 << (width - 1).bit_length())

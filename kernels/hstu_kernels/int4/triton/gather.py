@@ -40,7 +40,7 @@ def _add_rows(values, table_ptr, ids_ptr, num_rows, rows, in_batch, columns, wan
     return values + tl.where(known[:, None, None], term, float("nan"))
 
 
-@triton.jit(do_not_specialize=["total_rows"])
+@triton.jit(do_not_specialize=["total_rows", "num_rows", "num_actions", "num_positions", "item_scale"])
 def int4_gather_kernel(
     data_ptr,
     ids_ptr,

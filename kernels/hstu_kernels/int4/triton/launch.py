@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from hstu_kernels.int4.format import PackedRows
 from hstu_kernels.int4.triton.gather import int4_gather_kernel
-from hstu_kernels.int4.triton.shape import LAUNCH_OPTIONS, gather_shape
+from hstu_kernels.int4.triton.shape import LAUNCH_OPTIONS, GatherShape, gather_shape
+from hstu_kernels.triton.launcher import Variant
 
 _UNITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -27,18 +29,15 @@ def triton_gather(
         terms += [dense.contiguous(), dense_ids.contiguous()]
     terms += [None] * (4 - len(terms))
     counts = [dense.shape[0] for dense, _ in added] + [0] * (2 - len(added))
-    grid = (-(-ids.shape[0] // shape.block_rows),)
-    with torch.cuda.device_of(table.data):  # type: ignore[no-untyped-call]
-        int4_gather_kernel[grid](
-            table.data.view(_UNITS[shape.unit_bytes]),
-            ids.contiguous(),
-            *terms,
-            out,
-            ids.shape[0],
-            table.num_rows,
-            *counts,
-            float(item_scale),
-            SHAPE=shape,
-            **LAUNCH_OPTIONS,
-        )
+    kernel = _variant(shape)
+    kernel(
+        -(-ids.shape[0] // shape.block_rows),
+        (table.data.view(_UNITS[shape.unit_bytes]), ids.contiguous(), *terms, out),
+        (ids.shape[0], table.num_rows, *counts, float(item_scale)),
+    )
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _variant(shape: GatherShape) -> Variant:
+    return Variant(int4_gather_kernel, SHAPE=shape, **LAUNCH_OPTIONS)

@@ -1,0 +1,87 @@
+"""What the launches of the attention kernels share: addressable rows, descriptors, the constants of a kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from hstu_kernels.attention.triton import interpreting
+from hstu_kernels.attention.triton.tiles import KernelShape, Tile, padded_width
+from hstu_kernels.triton.launcher import Panel
+
+# Position and time table.
+Tables = tuple[Tensor | None, Tensor | None]
+
+# Offsets inside a tile are int32: 256 rows of a stride below this never overflow.
+_LARGEST_STRIDE = 1 << 22
+# Rows and columns are 32-bit in a descriptor.
+_MOST_ROWS = 1 << 31
+
+
+def addressable(x: Tensor) -> tuple[Tensor, int, int]:
+    """``x [L, H, D]``, or a copy that a kernel can address, and its strides of rows and heads.
+
+    Columns have to lie next to each other, rows not absurdly far apart.
+    """
+    row, head, column = x.stride()
+    if column != 1 or not 0 < row < _LARGEST_STRIDE:
+        x = x.contiguous()
+        row, head, column = x.stride()
+    return x, row, head
+
+
+def panels(tensors: tuple[Tensor, ...], rows: int) -> tuple[Panel, ...] | None:
+    """Descriptors of these ``[L, H, D]`` tensors, over their rows and the columns of all heads, for blocks of ``rows``.
+
+    ``None`` where the tensor copy engine cannot fetch them, a matter of chip and alignment.
+    """
+    found = []
+    for x in tensors:
+        count, heads, width = x.shape
+        row, head, _ = x.stride()
+        if row % 8 or head % 8 or x.data_ptr() % 16 or not 0 < count < _MOST_ROWS:
+            return None
+        if x.element_size() != 2 or width != padded_width(width):
+            return None
+        found.append(Panel(x, [count, (heads - 1) * head + width], [row, 1], [rows, width]))
+    return tuple(found) if _has_copy_engine(tensors[0].get_device()) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _has_copy_engine(device: int) -> bool:
+    """Of a device by its index; the interpreter, on the CPU, plays one."""
+    return interpreting() or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def shape_of(
+    heads: int,
+    qk_dim: int,
+    v_dim: int,
+    dtype: torch.dtype,
+    contextual: int,
+    reach: int,
+    buckets: int,
+    precision: str,
+    tile: Tile,
+    descriptors: bool,
+) -> KernelShape:
+    """The constants of a kernel; names as in `KernelShape`."""
+    return KernelShape(
+        heads=heads,
+        qk_dim=qk_dim,
+        v_dim=v_dim,
+        block_qk=padded_width(qk_dim),
+        block_v=padded_width(v_dim),
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        contextual=contextual,
+        reach=reach,
+        buckets=buckets,
+        # The interpreter has no inline assembly, and float32 is worth the exact form.
+        exact=dtype == torch.float32 or interpreting(),
+        descriptors=descriptors,
+        precision=precision,
+        assembly=not interpreting(),
+    )
