@@ -14,12 +14,15 @@ from hstu_kernels.attention.triton import interpreting
 from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
+from hstu_kernels.attention.triton.join import hstu_join_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet, float32_precision, padded_width, tile_set
 from hstu_kernels.bias import RelativeBias
 
 # Partial sums of the position table that programs share; more of them: fewer programs wait for one address.
 POSITION_COPIES = 32
+# Rows of a long tile that one program adds up.
+_JOINED_ROWS = 16
 # Offsets inside a tile are int32: 256 rows of a stride below this never overflow.
 _LARGEST_STRIDE = 1 << 22
 # Beneath it a logit's product is nothing beside any bias.
@@ -90,12 +93,15 @@ def triton_forward(
     tile = tiles.forward
     work = plan.query_work(tile.block_m, tile.block_n)
     shape = _kernel_shape(q, v, (k, v), pos_table, time_table, plan, tile)
+    pieces = _Pieces(plan, "query", tile.block_m, q)
+    partial = pieces.sums(tile.block_m, shape.block_v)
     if out.numel():
         hstu_fwd_kernel[(work.shape[0] * shape.heads,)](
             q,
             k,
             v,
             out,
+            partial,
             *descriptors(shape, (k, v), tile.block_n),
             *_bias_arguments(pos_table, time_table, plan, alpha),
             plan.block_spans("key", tile.block_n),
@@ -103,12 +109,49 @@ def triton_forward(
             *strides(q, k, v),
             alpha,
             scale,
+            pieces.count,
             SHAPE=shape,
             MASK=plan.mask,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
+        pieces.join(out, partial, work, scale)
     return out
+
+
+class _Pieces:
+    """The pieces of long tiles at the front of a work list: their partial sums, and what adds them up."""
+
+    def __init__(self, plan: TritonPlan, side: str, block: int, like: Tensor) -> None:
+        self.long, self.count = plan.pieces(side, block)
+        self.heads, self.device = like.shape[1], like.device
+
+    def sums(self, rows: int, width: int) -> Tensor | None:
+        """``[pieces, H, rows, width]`` float32; ``None`` where no tile is cut."""
+        if not self.count:
+            return None
+        return torch.empty(self.count, self.heads, rows, width, dtype=torch.float32, device=self.device)
+
+    def join(self, out: Tensor, partial: Tensor | None, work: Tensor, factor: float) -> None:
+        """Add ``partial`` up and write ``out``, times ``factor``."""
+        if partial is None:
+            return
+        rows, width = partial.shape[2:]
+        part = min(rows, _JOINED_ROWS)
+        hstu_join_kernel[(self.count * self.heads * (rows // part),)](
+            out,
+            partial,
+            work,
+            self.count,
+            factor,
+            HEADS=self.heads,
+            LONG=self.long,
+            TILE=rows,
+            ROWS=part,
+            WIDTH=out.shape[2],
+            BLOCK=width,
+            num_warps=4,
+        )
 
 
 def triton_backward(
@@ -140,6 +183,8 @@ def triton_backward(
         tile = tiles.dq
         work = plan.query_work(tile.block_m, tile.block_n)
         shape = _kernel_shape(q, v, (k, v), pos_table, time_table, plan, tile)
+        pieces = _Pieces(plan, "query", tile.block_m, q)
+        partial = pieces.sums(tile.block_m, shape.block_qk)
         if dq.numel():
             hstu_bwd_dq_kernel[(work.shape[0] * shape.heads,)](
                 q,
@@ -147,6 +192,7 @@ def triton_backward(
                 v,
                 grad,
                 dq,
+                partial,
                 *descriptors(shape, (k, v), tile.block_n),
                 *common,
                 plan.block_spans("key", tile.block_n),
@@ -156,6 +202,7 @@ def triton_backward(
                 *steps,
                 alpha,
                 scale,
+                pieces.count,
                 SHAPE=shape,
                 MASK=plan.mask,
                 ENTRIES=0 if time_sums is None else time_sums.shape[1],
@@ -163,12 +210,15 @@ def triton_backward(
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
+            pieces.join(dq, partial, work, alpha * scale)
     if need_k or need_v:
         dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         tile = tiles.dkdv
         work = plan.key_work(tile.block_m, tile.block_n)
         shape = _kernel_shape(q, v, (q, grad), pos_table, time_table, plan, tile)
+        pieces = _Pieces(plan, "key", tile.block_n, q)
+        partial, partial_v = pieces.sums(tile.block_n, shape.block_qk), pieces.sums(tile.block_n, shape.block_v)
         if dk.numel():
             hstu_bwd_dkdv_kernel[(work.shape[0] * shape.heads,)](
                 q,
@@ -177,6 +227,8 @@ def triton_backward(
                 grad,
                 dk,
                 dv,
+                partial,
+                partial_v,
                 *descriptors(shape, (q, grad), tile.block_m),
                 *common,
                 plan.block_spans("query", tile.block_m),
@@ -184,11 +236,14 @@ def triton_backward(
                 *steps,
                 alpha,
                 scale,
+                pieces.count,
                 SHAPE=shape,
                 MASK=plan.mask,
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
+            pieces.join(dk, partial, work, alpha * scale)
+            pieces.join(dv, partial_v, work, scale)
     if time_sums is not None and q.numel():
         tile = tiles.bias
         work = plan.query_work(tile.block_m, tile.block_n)
@@ -264,6 +319,7 @@ def _kernel_shape(
         descriptors=describable(streamed),
         precision=float32_precision(),
         assembly=not interpreting(),
+        own_in_registers=tile.own_in_registers and q.element_size() == 2 and not interpreting(),
     )
 
 
