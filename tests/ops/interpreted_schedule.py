@@ -8,56 +8,71 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu_kernels import AttentionMask, JaggedLayout
-from hstu_kernels.attention.triton import plan_triton
-from hstu_kernels.attention.triton.schedule import EDGE_SEGMENTS, FULL_SEGMENTS, HEADER, block_spans
+from hstu_kernels.attention.triton import plan_triton, schedule
+from hstu_kernels.attention.triton.schedule import FULL_SEGMENTS, HEADER, SEGMENTS, block_spans, list_length
 from hstu_kernels.testing import ATTENTION_CASES, AttentionCase
 
 
-def blocks_of(line: list[int], at: int, segments: int, block: int) -> list[int]:
-    """First rows of the blocks of the segments that begin at column ``at``, as the kernels work them out."""
-    pairs = [(line[at + 2 * s], line[at + 2 * s + 1]) for s in range(segments)]
-    begins = []
+def blocks_of(line: list[int], block: int) -> list[tuple[int, int]]:
+    """First row and segment of the blocks of a line, as the kernels work them out."""
+    pairs = [(line[HEADER + 2 * s], line[HEADER + 2 * s + 1]) for s in range(SEGMENTS)]
+    found = []
     for i in range(pairs[-1][1]):
-        origin = next(origin for origin, blocks in pairs if i < blocks)
-        begins.append(origin + i * block)
-    return begins
+        segment = next(s for s, (_, blocks) in enumerate(pairs) if i < blocks)
+        found.append((pairs[segment][0] + i * block, segment))
+    return found
 
 
-def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int) -> None:
-    """Each visible pair lies in exactly one block, and full blocks hold visible pairs only."""
-    total = int(layout.seq_offsets[-1])
+def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int) -> int:
+    """Each visible pair lies in exactly one block, and full blocks hold visible pairs only. Returns the pieces."""
+    total, found = int(layout.seq_offsets[-1]), 0
     plan = plan_triton(layout, mask, None, total)
     for side, work in (("query", plan.query_work(block_m, block_n)), ("key", plan.key_work(block_m, block_n))):
         own, other = (block_m, block_n) if side == "query" else (block_n, block_m)
         met = torch.zeros(total, layout.max_seq_len, dtype=torch.int64)
         full = torch.zeros_like(met, dtype=torch.bool)
         truth = torch.zeros_like(full)
-        places = []
+        long, pieces = plan.pieces(side, own)
         tiles = sum(-(-length // own) for length in layout.seq_lengths.tolist())
-        assert tiles <= work.shape[0] == total // own + layout.batch_size
+        assert work.shape[0] == pieces + list_length(total, layout.batch_size, own)
         exists = work[:, 1] > 0
-        assert int(exists.sum()) == tiles
         assert not work[~exists].any(), f"{side}: work in an empty line"
-        for line in work[exists].tolist():
+        places = [(int(line[1] * -1), int(line[0])) for line in work[pieces:][exists[pieces:]]]
+        assert places == sorted(places), f"{side}: a longer sequence stands behind a shorter one, or one is torn apart"
+        owners: dict[tuple[int, int], list[int]] = {}
+        ends: dict[tuple[int, int], int] = {}
+        for at in exists.nonzero().flatten().tolist():
+            line = work[at].tolist()
             start, length, history_end, begin = line[:HEADER]
             assert 0 <= begin < length
+            owners.setdefault((start, begin), []).append(at)
             mine = slice(start + begin, start + min(begin + own, length))
-            places.append((-length, start))
-            for at, segments in ((HEADER, FULL_SEGMENTS), (HEADER + 2 * FULL_SEGMENTS, EDGE_SEGMENTS)):
-                for first in blocks_of(line, at, segments, other):
-                    assert first >= 0
-                    met[mine, first : min(first + other, length)] += 1
-                    if at == HEADER:
-                        assert first + other <= length
-                        full[mine, first : first + other] = True
+            blocks = blocks_of(line, other)
+            for first, segment in blocks:
+                assert first >= ends.get((start, begin), 0), f"{side}: blocks out of order"
+                ends[start, begin] = first + other
+                assert first + other <= length or first == blocks[-1][0], f"{side}: reaches over before the last block"
+                met[mine, first : min(first + other, length)] += 1
+                if segment in FULL_SEGMENTS[side]:
+                    assert first + other <= length
+                    full[mine, first : first + other] = True
             index = torch.arange(length)
             visible = mask.visible(index[:, None], index[None, :], history_end, layout.contextual_seq_len)
             ours = visible if side == "query" else visible.T
             truth[start : start + length, :length] = ours
+        assert len(owners) == tiles
+        for lines in owners.values():
+            # A tile is whole, or in pieces that stand at equal distances at the front.
+            if lines[0] < pieces:
+                assert len(lines) > 1
+                assert lines == list(range(lines[0], pieces, long))[: len(lines)]
+                found += len(lines)
+            else:
+                assert len(lines) == 1
         assert (met <= 1).all(), f"{side}: a pair is met twice"
         assert not (truth & (met == 0)).any(), f"{side}: a visible pair is missed"
         assert not (full & ~truth).any(), f"{side}: a hidden pair in a full block"
-        assert places == sorted(places), f"{side}: a longer sequence stands behind a shorter one, or one is torn apart"
+    return found
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 64)], ids=str)
@@ -66,9 +81,10 @@ def test_named_cases(case: AttentionCase, blocks: tuple[int, int]) -> None:
     check(case.layout(), case.mask, *blocks)
 
 
+@pytest.mark.parametrize("rows", [8, schedule.PIECE_ROWS], ids=lambda rows: f"pieces-of-{rows}")
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_random_geometry(data: st.DataObject) -> None:
+def test_random_geometry(rows: int, data: st.DataObject) -> None:
     contextual = data.draw(st.integers(0, 6))
     lengths, targets = [], []
     for _ in range(data.draw(st.integers(0, 3))):
@@ -87,7 +103,10 @@ def test_random_geometry(data: st.DataObject) -> None:
         num_targets=torch.tensor(targets, dtype=torch.int64),
         contextual_seq_len=contextual,
     )
-    check(layout, mask, data.draw(st.sampled_from([2, 4, 8])), data.draw(st.sampled_from([2, 4, 8])))
+    blocks = st.sampled_from([2, 4, 8])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "PIECE_ROWS", rows)
+        check(layout, mask, data.draw(blocks), data.draw(blocks))
 
 
 @pytest.mark.parametrize(
@@ -102,10 +121,9 @@ def test_random_geometry(data: st.DataObject) -> None:
 def test_semi_local_work_grows_with_the_length_alone(mask: AttentionMask) -> None:
     def blocks(length: int) -> tuple[int, int]:
         plan = plan_triton(JaggedLayout.from_lengths(torch.tensor([length])), mask, None, length)
-        columns = [HEADER + 2 * FULL_SEGMENTS - 1, -1]
         return (
-            int(plan.query_work(64, 64)[:, columns].sum()),
-            int(plan.key_work(64, 64)[:, columns].sum()),
+            int(plan.query_work(64, 64)[:, -1].sum()),
+            int(plan.key_work(64, 64)[:, -1].sum()),
         )
 
     for short, long in zip(blocks(4096), blocks(8192), strict=True):
@@ -114,15 +132,53 @@ def test_semi_local_work_grows_with_the_length_alone(mask: AttentionMask) -> Non
 
 def test_causal_work_is_mostly_full_blocks() -> None:
     plan = plan_triton(JaggedLayout.from_lengths(torch.tensor([4096])), AttentionMask(), None, 4096)
-    for work in (plan.query_work(64, 64), plan.key_work(64, 64)):
-        assert int(work[:, -1].sum()) == 64, "one edge block for each tile: the diagonal"
-        assert int(work[:, HEADER + 2 * FULL_SEGMENTS - 1].sum()) == 63 * 64 // 2
+    for side, work in (("query", plan.query_work(64, 64)), ("key", plan.key_work(64, 64))):
+        assert int(work[:, -1].sum()) == 65 * 64 // 2
+        full = [s for line in work.tolist() for _, s in blocks_of(line, 64) if s in FULL_SEGMENTS[side]]
+        assert len(full) == 63 * 64 // 2, "one edge block for each tile: the diagonal"
+
+
+def tail_of(rows: int) -> AttentionMask:
+    return AttentionMask(max_attn_len=256, full_attn_tail_len=rows)
+
+
+@pytest.mark.parametrize("mask", [tail_of(200), AttentionMask(max_attn_len=256, global_prefix_len=200)], ids=str)
+def test_long_tiles_are_cut(mask: AttentionMask) -> None:
+    """At most PIECE_ROWS in one program, with borders that neighbours do not move."""
+    rows = schedule.PIECE_ROWS
+
+    def pieces(lengths: list[int], of: int) -> list[list[int]]:
+        layout = JaggedLayout.from_lengths(torch.tensor(lengths))
+        plan = plan_triton(layout, mask, None, sum(lengths))
+        side = "query" if mask.full_attn_tail_len else "key"
+        work = plan.query_work(64, 64) if side == "query" else plan.key_work(64, 64)
+        start = sum(lengths[:of])
+        assert int(work[:, -1].max()) <= rows // 64
+        ours = work[: plan.pieces(side, 64)[1]]
+        return [line[1:] for line in ours[(ours[:, 0] == start) & (ours[:, 1] > 0)].tolist()]
+
+    alone = pieces([3 * rows + 7], 0)
+    assert len(alone) >= 4 * 3
+    beside = pieces([rows, 5 * rows, 3 * rows + 7, 0, 77, rows + 1], 2)
+    assert sorted(beside) == sorted(alone)
+
+
+def test_nothing_is_cut_where_no_tile_is_long() -> None:
+    rows = schedule.PIECE_ROWS
+    for length, mask in (
+        (2 * rows, AttentionMask()),
+        (2 * rows, AttentionMask(max_attn_len=64)),
+        (2 * rows, tail_of(rows)),
+        (rows, tail_of(64)),
+    ):
+        plan = plan_triton(JaggedLayout.from_lengths(torch.tensor([length] * 2)), mask, None, 2 * length)
+        assert plan.pieces("query", 64) == plan.pieces("key", 64) == (0, 0)
 
 
 def test_many_targets_do_not_meet_each_other() -> None:
     layout = JaggedLayout.from_lengths(torch.tensor([1024 + 2048]), num_targets=torch.tensor([2048]))
     work = plan_triton(layout, AttentionMask(), None, 1024 + 2048).query_work(64, 64)
-    assert int(work[:, [HEADER + 2 * FULL_SEGMENTS - 1, -1]].sum(1).max()) == 1024 // 64 + 1
+    assert int(work[:, -1].max()) == 1024 // 64 + 1
 
 
 def test_empty_batches_have_no_work() -> None:

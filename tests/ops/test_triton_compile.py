@@ -38,6 +38,8 @@ ARRAYS = {
     "batch_size": "i32",
     "alpha": "fp32",
     "scale": "fp32",
+    "pieces": "i32",
+    "partial_ptr": "*fp32",
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SEMI_LOCAL = AttentionMask(max_attn_len=256, global_prefix_len=64, full_attn_tail_len=256, window_targets=True)

@@ -8,14 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hstu_kernels import hstu_attention, hstu_target_attention
-from hstu_kernels.attention.triton import plan_triton
+from hstu_kernels import AttentionMask, hstu_attention, hstu_target_attention
+from hstu_kernels.attention.triton import plan_triton, schedule
+from hstu_kernels.attention.triton.tiles import Tile, TileSet, tile_set
 from hstu_kernels.testing import (
     ATTENTION_CASES,
     AttentionCase,
+    AttentionInputs,
+    BiasKind,
     assert_within_budget,
     make_inputs,
     poisoned_empty,
+    run_attention,
     split_targets,
 )
 
@@ -127,3 +131,68 @@ def test_times_of_every_kind(name: str, dtype: torch.dtype) -> None:
     assert inputs.bias is not None
     inputs = replace(inputs, bias=replace(inputs.bias, timestamps=TIMES[name].cuda()))
     assert_within_budget(attention, inputs, signal=False)
+
+
+MASKS = {
+    "causal": AttentionMask(),
+    "prefix": AttentionMask(max_attn_len=200, global_prefix_len=90),
+    "tail": AttentionMask(max_attn_len=200, full_attn_tail_len=90),
+}
+
+
+def semi_local(mask: AttentionMask, bias: BiasKind = BiasKind.NONE, width: int = 128) -> AttentionInputs:
+    """Sequences of more than one piece, one of them with targets."""
+    case = AttentionCase(
+        name="semi-local",
+        lengths=(1700, 3, 777, 1024),
+        num_targets=(70, 0, 0, 0),
+        mask=mask,
+        bias=bias,
+        heads=2,
+        qk_dim=width,
+        v_dim=width,
+    )
+    return make_inputs(case, torch.bfloat16, device="cuda")
+
+
+def attend(inputs: AttentionInputs, tiles: TileSet) -> dict[str, torch.Tensor]:
+    from hstu_kernels.attention.triton.launch import triton_attention
+
+    def call(q, k, v, layout, mask, *, alpha, scale, bias):  # type: ignore[no-untyped-def]
+        plan = plan_triton(layout, mask, bias, q.shape[0])
+        return triton_attention(q, k, v, plan, alpha=alpha, scale=scale, bias=bias, tiles=tiles)
+
+    return run_attention(call, inputs)
+
+
+@pytest.mark.parametrize("bias", [BiasKind.NONE, BiasKind.BOTH], ids=lambda b: b.value)
+@pytest.mark.parametrize("name", ["prefix", "tail"])
+def test_long_tiles_in_pieces(name: str, bias: BiasKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(schedule, "PIECE_ROWS", 512)
+    inputs = semi_local(MASKS[name], bias)
+    plan = plan_triton(inputs.layout, inputs.mask, None, inputs.q.shape[0])
+    assert plan.pieces("query", 64)[1] + plan.pieces("key", 64)[1] > 0
+    assert_within_budget(attention, inputs, signal=False)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", MASKS)
+def test_the_rows_of_a_tile_are_never_a_number(name: str, width: int) -> None:
+    """Blocks of the other side come in one order: how many rows a program owns, and where they stay, changes no bit."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    inputs = semi_local(MASKS[name], width=width)
+    results = [
+        attend(inputs, TileSet(first, first, second, Tile(first.block_m, 64, 8, 1)))
+        for first, second in (
+            (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
+            (Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
+            (Tile(128, 64, 8, 3, True), Tile(32, 64, 4, 3, True)),
+        )
+    ]
+    for other in results[1:]:
+        for key, result in results[0].items():
+            assert torch.equal(other[key], result), key
+    again = attend(inputs, tile_set(width, width, torch.bfloat16, biased=False))
+    for key, result in attend(inputs, tile_set(width, width, torch.bfloat16, biased=False)).items():
+        assert torch.equal(again[key], result), key

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from hstu_kernels.attention.eager import eager_backward, eager_forward, plan_eager
 from hstu_kernels.attention.triton import TritonPlan, plan_triton
-from hstu_kernels.attention.triton.schedule import LINE, block_spans, device_boundaries, list_length
+from hstu_kernels.attention.triton.schedule import (
+    LINE,
+    block_spans,
+    device_boundaries,
+    list_length,
+    long_tiles,
+    piece_slots,
+)
 from hstu_kernels.attention.triton.tiles import tile_set
 from hstu_kernels.backend import Backend, UnsupportedBackend
 from hstu_kernels.bias import RelativeBias, next_event_timestamps
@@ -114,17 +121,24 @@ def _mask(fields: tuple[Any, ...]) -> AttentionMask:
 def attention_work(seq_offsets: Tensor, num_targets: Tensor | None, contextual_seq_len: int, *fields: Any) -> Tensor:
     """``[tiles, LINE]`` int64: the work list of one side for one tile."""
     *structure, total_rows, side, block_m, block_n = fields
-    layout = JaggedLayout(seq_offsets, total_rows, num_targets, contextual_seq_len)
+    layout = _layout(seq_offsets, total_rows, num_targets, contextual_seq_len)
     plan = plan_triton(layout, _mask(tuple(structure)), None, total_rows)
     return plan.query_work(block_m, block_n) if side == "query" else plan.key_work(block_m, block_n)
 
 
 @attention_work.register_fake
 def _(seq_offsets: Tensor, num_targets: Tensor | None, contextual_seq_len: int, *fields: Any) -> Tensor:
-    *_, total_rows, side, block_m, block_n = fields
+    *structure, total_rows, side, block_m, block_n = fields
     own = block_m if side == "query" else block_n
-    lines = list_length(total_rows, seq_offsets.shape[0] - 1, own)
-    return seq_offsets.new_empty(lines, LINE)
+    pieces = long_tiles(side, _mask(tuple(structure)), contextual_seq_len, own) * piece_slots(total_rows)
+    return seq_offsets.new_empty(pieces + list_length(total_rows, seq_offsets.shape[0] - 1, own), LINE)
+
+
+def _layout(
+    seq_offsets: Tensor, total_rows: int, num_targets: Tensor | None = None, contextual_seq_len: int = 0
+) -> JaggedLayout:
+    """A layout whose bound on the lengths leaves the length of work lists to the shapes alone."""
+    return JaggedLayout(seq_offsets, total_rows + 1, num_targets, contextual_seq_len)
 
 
 @torch.library.custom_op(
@@ -204,7 +218,7 @@ class _Call:
     ) -> None:
         *structure, self.alpha, self.scale, backend = others
         self.tensors = (q, k, v, pos_table, time_table)
-        self.layout = JaggedLayout(seq_offsets, q.shape[0], num_targets, contextual_seq_len)
+        self.layout = _layout(seq_offsets, q.shape[0], num_targets, contextual_seq_len)
         self.mask = _mask(tuple(structure))
         self.bias = None
         if pos_table is not None or time_table is not None:

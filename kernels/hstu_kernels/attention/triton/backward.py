@@ -8,16 +8,15 @@ import triton
 import triton.language as tl
 
 from hstu_kernels.attention.triton.primitives import (
-    edge_begin,
-    full_begin,
-    load_edge,
-    load_full,
+    key_block,
     load_line,
+    load_own,
     load_rows,
-    load_tile,
+    load_segments,
     load_times,
+    row_block,
     silu_and_slope,
-    store_tile,
+    store_sums,
     visible,
 )
 from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span
@@ -55,10 +54,11 @@ def _add_keys(
     key_times_ptr,
     pos_sums_ptr,
     alpha,
+    edge,
     SHAPE: tl.constexpr,
     MASK: tl.constexpr,
     ENTRIES: tl.constexpr,
-    EDGE: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """``acc [M, Dqk]`` plus what the key block at ``begin`` adds to ``dq / (alpha scale)``, and the same of
     ``time_sums [ENTRIES]``, the gradient of the time table; that of the position table goes to ``pos_sums_ptr``.
@@ -77,7 +77,7 @@ def _add_keys(
         BLOCK_N,
         SHAPE.qk_dim,
         SHAPE.block_qk,
-        EDGE,
+        BOUNDED,
         SHAPE.descriptors,
     )
     v = load_rows(
@@ -91,7 +91,7 @@ def _add_keys(
         BLOCK_N,
         SHAPE.v_dim,
         SHAPE.block_v,
-        EDGE,
+        BOUNDED,
         SHAPE.descriptors,
     )
     # [M, N]
@@ -116,7 +116,7 @@ def _add_keys(
     logits = tl.dot(q, tl.trans(k), rab, input_precision=SHAPE.precision) * alpha
     _, slope = silu_and_slope(logits, SHAPE)
     slope *= tl.dot(dout, tl.trans(v), input_precision=SHAPE.precision)
-    if EDGE:
+    if edge:
         slope = tl.where(visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK), slope, 0.0)
     acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=SHAPE.precision)
     if ENTRIES > 0:
@@ -142,13 +142,14 @@ def _add_keys(
     return acc, time_sums
 
 
-@triton.jit(do_not_specialize=["alpha", "scale"])
+@triton.jit(do_not_specialize=["alpha", "scale", "pieces"])
 def hstu_bwd_dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     dout_ptr,
     dq_ptr,
+    partial_ptr,
     k_desc,
     v_desc,
     pos_ptr,
@@ -168,6 +169,7 @@ def hstu_bwd_dq_kernel(
     v_head_stride,
     alpha,
     scale,
+    pieces,
     SHAPE: tl.constexpr,
     MASK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -198,22 +200,24 @@ def hstu_bwd_dq_kernel(
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     row_low, row_high = own_span(row_times, SHAPE)
     # [M, Dqk], [M, Dv]
-    q = load_tile(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
-    dout = load_tile(dout_ptr, V_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, True)
+    q = load_own(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, SHAPE)
+    dout = load_own(dout_ptr, V_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, SHAPE)
     acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     time_sums = tl.zeros([ENTRIES if ENTRIES > 0 else 1], tl.float32)
     if pos_sums_ptr is not None:
         pos_sums_ptr += (program % COPIES).to(tl.int64) * (2 * SHAPE.reach + 1)
 
-    full0, blocks0, full1, blocks = load_full(line)
-    key_low, key_high = load_span(
-        key_spans_ptr, seq_start, full_begin(0, full0, blocks0, full1, BLOCK_N), seq_len, SHAPE
-    )
-    for i in range(blocks):
-        begin = full_begin(i, full0, blocks0, full1, BLOCK_N)
-        following = load_span(
-            key_spans_ptr, seq_start, full_begin(i + 1, full0, blocks0, full1, BLOCK_N), seq_len, SHAPE
-        )
+    o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, _n5, _o6, n6 = load_segments(line)
+    last_begin, last_edge = key_block(n6 - 1, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
+    # Only the last block can reach over the end of the sequence; the others come by the copy engine.
+    reaches_over = (n6 > 0) & (last_begin + BLOCK_N > seq_len)
+    inside = n6 - reaches_over.to(tl.int32)
+    first_begin, _ = key_block(0, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
+    key_low, key_high = load_span(key_spans_ptr, seq_start, first_begin, seq_len, SHAPE)
+    for i in range(inside):
+        begin, edge = key_block(i, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
+        next_begin, _next_edge = key_block(i + 1, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
+        following = load_span(key_spans_ptr, seq_start, next_begin, seq_len, SHAPE)
         acc, time_sums = _add_keys(
             acc,
             time_sums,
@@ -244,21 +248,14 @@ def hstu_bwd_dq_kernel(
             key_times_ptr,
             pos_sums_ptr,
             alpha,
+            edge,
             SHAPE,
             MASK,
             ENTRIES,
             False,
         )
         key_low, key_high = following
-    e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
-    key_low, key_high = load_span(
-        key_spans_ptr, seq_start, edge_begin(0, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N), seq_len, SHAPE
-    )
-    for i in range(n4):
-        begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
-        following = load_span(
-            key_spans_ptr, seq_start, edge_begin(i + 1, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N), seq_len, SHAPE
-        )
+    if reaches_over:
         acc, time_sums = _add_keys(
             acc,
             time_sums,
@@ -272,7 +269,7 @@ def hstu_bwd_dq_kernel(
             v_row_stride,
             head * k_head_stride,
             head * v_head_stride,
-            begin,
+            last_begin,
             row_begin,
             rows,
             row_times,
@@ -289,15 +286,30 @@ def hstu_bwd_dq_kernel(
             key_times_ptr,
             pos_sums_ptr,
             alpha,
+            last_edge,
             SHAPE,
             MASK,
             ENTRIES,
             True,
         )
-        key_low, key_high = following
     if ENTRIES > 0:
         tl.store(time_sums_ptr + program.to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES), time_sums)
-    store_tile(dq_ptr, acc * (alpha * scale), QK_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk)
+    store_sums(
+        dq_ptr,
+        partial_ptr,
+        acc,
+        alpha * scale,
+        program // HEADS,
+        pieces,
+        head,
+        QK_STRIDE,
+        row_begin,
+        seq_len,
+        SHAPE,
+        BLOCK_M,
+        SHAPE.qk_dim,
+        BLOCK_QK,
+    )
 
 
 @triton.jit
@@ -328,9 +340,10 @@ def _add_rows(
     bounds_ptr,
     row_times_ptr,
     alpha,
+    edge,
     SHAPE: tl.constexpr,
     MASK: tl.constexpr,
-    EDGE: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """``dk [N, Dqk]`` and ``dv [N, Dv]`` plus what the query rows at ``begin`` add. Logits stand transposed."""
     BLOCK_M: tl.constexpr = SHAPE.block_m
@@ -348,7 +361,7 @@ def _add_rows(
         BLOCK_M,
         SHAPE.qk_dim,
         SHAPE.block_qk,
-        EDGE,
+        BOUNDED,
         SHAPE.descriptors,
     )
     dout = load_rows(
@@ -362,7 +375,7 @@ def _add_rows(
         BLOCK_M,
         SHAPE.v_dim,
         SHAPE.block_v,
-        EDGE,
+        BOUNDED,
         SHAPE.descriptors,
     )
     # [N, M]
@@ -387,7 +400,7 @@ def _add_rows(
     logits = tl.dot(k, tl.trans(q), rab, input_precision=SHAPE.precision) * alpha
     weights, slope = silu_and_slope(logits, SHAPE)
     slope *= tl.dot(v, tl.trans(dout), input_precision=SHAPE.precision)
-    if EDGE:
+    if edge:
         seen = visible(rows[None, :], cols[:, None], history_end, SHAPE, MASK)
         weights = tl.where(seen, weights, 0.0)
         slope = tl.where(seen, slope, 0.0)
@@ -396,7 +409,7 @@ def _add_rows(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["alpha", "scale"])
+@triton.jit(do_not_specialize=["alpha", "scale", "pieces"])
 def hstu_bwd_dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -404,6 +417,8 @@ def hstu_bwd_dkdv_kernel(
     dout_ptr,
     dk_ptr,
     dv_ptr,
+    dk_partial_ptr,
+    dv_partial_ptr,
     q_desc,
     dout_desc,
     pos_ptr,
@@ -421,6 +436,7 @@ def hstu_bwd_dkdv_kernel(
     v_head_stride,
     alpha,
     scale,
+    pieces,
     SHAPE: tl.constexpr,
     MASK: tl.constexpr,
 ):
@@ -446,20 +462,22 @@ def hstu_bwd_dkdv_kernel(
     key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
     key_low, key_high = own_span(key_times, SHAPE)
     # [N, Dqk], [N, Dv]
-    k = load_tile(k_ptr, k_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, True)
-    v = load_tile(v_ptr, v_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, True)
+    k = load_own(k_ptr, k_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, SHAPE)
+    v = load_own(v_ptr, v_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, SHAPE)
     dk = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
-    full0, blocks0, full1, blocks = load_full(line)
-    row_low, row_high = load_span(
-        row_spans_ptr, seq_start, full_begin(0, full0, blocks0, full1, BLOCK_M), seq_len, SHAPE
-    )
-    for i in range(blocks):
-        begin = full_begin(i, full0, blocks0, full1, BLOCK_M)
-        following = load_span(
-            row_spans_ptr, seq_start, full_begin(i + 1, full0, blocks0, full1, BLOCK_M), seq_len, SHAPE
-        )
+    o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, n5, o6, n6 = load_segments(line)
+    last_begin, last_edge = row_block(n6 - 1, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, n5, o6, SHAPE, MASK)
+    # Only the last block can reach over the end of the sequence; the others come by the copy engine.
+    reaches_over = (n6 > 0) & (last_begin + BLOCK_M > seq_len)
+    inside = n6 - reaches_over.to(tl.int32)
+    first_begin, _ = row_block(0, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, n5, o6, SHAPE, MASK)
+    row_low, row_high = load_span(row_spans_ptr, seq_start, first_begin, seq_len, SHAPE)
+    for i in range(inside):
+        begin, edge = row_block(i, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, n5, o6, SHAPE, MASK)
+        next_begin, _next_edge = row_block(i + 1, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, n5, o6, SHAPE, MASK)
+        following = load_span(row_spans_ptr, seq_start, next_begin, seq_len, SHAPE)
         dk, dv = _add_rows(
             dk,
             dv,
@@ -487,20 +505,13 @@ def hstu_bwd_dkdv_kernel(
             bounds_ptr,
             row_times_ptr,
             alpha,
+            edge,
             SHAPE,
             MASK,
             False,
         )
         row_low, row_high = following
-    e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
-    row_low, row_high = load_span(
-        row_spans_ptr, seq_start, edge_begin(0, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_M), seq_len, SHAPE
-    )
-    for i in range(n4):
-        begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_M)
-        following = load_span(
-            row_spans_ptr, seq_start, edge_begin(i + 1, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_M), seq_len, SHAPE
-        )
+    if reaches_over:
         dk, dv = _add_rows(
             dk,
             dv,
@@ -513,7 +524,7 @@ def hstu_bwd_dkdv_kernel(
             q_row_stride,
             head * q_head_stride,
             head * SHAPE.v_dim,
-            begin,
+            last_begin,
             cols,
             key_times,
             row_low,
@@ -528,10 +539,40 @@ def hstu_bwd_dkdv_kernel(
             bounds_ptr,
             row_times_ptr,
             alpha,
+            last_edge,
             SHAPE,
             MASK,
             True,
         )
-        row_low, row_high = following
-    store_tile(dk_ptr, dk * (alpha * scale), QK_STRIDE, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk)
-    store_tile(dv_ptr, dv * scale, V_STRIDE, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v)
+    store_sums(
+        dk_ptr,
+        dk_partial_ptr,
+        dk,
+        alpha * scale,
+        program // HEADS,
+        pieces,
+        head,
+        QK_STRIDE,
+        key_begin,
+        seq_len,
+        SHAPE,
+        BLOCK_N,
+        SHAPE.qk_dim,
+        BLOCK_QK,
+    )
+    store_sums(
+        dv_ptr,
+        dv_partial_ptr,
+        dv,
+        scale,
+        program // HEADS,
+        pieces,
+        head,
+        V_STRIDE,
+        key_begin,
+        seq_len,
+        SHAPE,
+        BLOCK_N,
+        SHAPE.v_dim,
+        BLOCK_V,
+    )

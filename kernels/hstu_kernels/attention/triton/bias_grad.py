@@ -8,11 +8,9 @@ import triton
 import triton.language as tl
 
 from hstu_kernels.attention.triton.primitives import (
-    edge_begin,
-    full_begin,
-    load_edge,
-    load_full,
+    key_block,
     load_line,
+    load_segments,
     load_tile,
     load_times,
     silu_and_slope,
@@ -102,11 +100,9 @@ def hstu_bwd_bias_kernel(
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     row_low, row_high = own_span(row_times, SHAPE)
     time_sums = tl.zeros([ENTRIES], tl.float32)
-    full0, blocks0, full1, full = load_full(line)
-    e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
-    for i in range(full + n4):
-        of_edge = edge_begin(i - full, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
-        begin = tl.where(i < full, full_begin(i, full0, blocks0, full1, BLOCK_N), of_edge)
+    o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, _n5, _o6, n6 = load_segments(line)
+    for i in range(n6):
+        begin, _ = key_block(i, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
         key_low, key_high = load_span(key_spans_ptr, seq_start, begin, seq_len, SHAPE)
         _, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
         if more > SHAPE.few_buckets:

@@ -4,16 +4,14 @@ import triton
 import triton.language as tl
 
 from hstu_kernels.attention.triton.primitives import (
-    edge_begin,
-    full_begin,
-    load_edge,
-    load_full,
+    key_block,
     load_line,
+    load_own,
     load_rows,
-    load_tile,
+    load_segments,
     load_times,
     silu,
-    store_tile,
+    store_sums,
     visible,
 )
 from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span
@@ -46,9 +44,10 @@ def _add_keys(
     bounds_ptr,
     key_times_ptr,
     alpha,
+    edge,
     SHAPE: tl.constexpr,
     MASK: tl.constexpr,
-    EDGE: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """``acc [M, Dv]`` plus what the key block at ``begin`` adds; ``k_ptr`` and ``v_ptr`` point at sequence and head."""
     BLOCK_N: tl.constexpr = SHAPE.block_n
@@ -65,7 +64,7 @@ def _add_keys(
         BLOCK_N,
         SHAPE.qk_dim,
         SHAPE.block_qk,
-        EDGE,
+        BOUNDED,
         SHAPE.descriptors,
     )
     v = load_rows(
@@ -79,7 +78,7 @@ def _add_keys(
         BLOCK_N,
         SHAPE.v_dim,
         SHAPE.block_v,
-        EDGE,
+        BOUNDED,
         SHAPE.descriptors,
     )
     # [M, N]
@@ -103,17 +102,18 @@ def _add_keys(
     )
     logits = tl.dot(q, tl.trans(k), rab, input_precision=SHAPE.precision) * alpha
     weights = silu(logits, SHAPE)
-    if EDGE:
+    if edge:
         weights = tl.where(visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK), weights, 0.0)
     return tl.dot(weights.to(v.dtype), v, acc, input_precision=SHAPE.precision)
 
 
-@triton.jit(do_not_specialize=["alpha", "scale"])
+@triton.jit(do_not_specialize=["alpha", "scale", "pieces"])
 def hstu_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
+    partial_ptr,
     k_desc,
     v_desc,
     pos_ptr,
@@ -131,10 +131,14 @@ def hstu_fwd_kernel(
     v_head_stride,
     alpha,
     scale,
+    pieces,
     SHAPE: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """``out [L, H, Dv]`` (contiguous) from ``q, k [L, H, Dqk]`` and ``v [L, H, Dv]``; grid ``tiles * H``."""
+    """``out [L, H, Dv]`` (contiguous) from ``q, k [L, H, Dqk]`` and ``v [L, H, Dv]``; grid ``lines * H``.
+
+    The first ``pieces`` lines go to ``partial [pieces, H, M, Dv]`` without ``scale``, where there is one.
+    """
     HEADS: tl.constexpr = SHAPE.heads
     BLOCK_M: tl.constexpr = SHAPE.block_m
     BLOCK_N: tl.constexpr = SHAPE.block_n
@@ -150,18 +154,20 @@ def hstu_fwd_kernel(
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     row_low, row_high = own_span(row_times, SHAPE)
     # [M, Dqk], [M, Dv]
-    q = load_tile(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
+    q = load_own(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, SHAPE)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
-    full0, blocks0, full1, blocks = load_full(line)
-    key_low, key_high = load_span(
-        key_spans_ptr, seq_start, full_begin(0, full0, blocks0, full1, BLOCK_N), seq_len, SHAPE
-    )
-    for i in range(blocks):
-        begin = full_begin(i, full0, blocks0, full1, BLOCK_N)
-        following = load_span(
-            key_spans_ptr, seq_start, full_begin(i + 1, full0, blocks0, full1, BLOCK_N), seq_len, SHAPE
-        )
+    o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, _n5, _o6, n6 = load_segments(line)
+    last_begin, last_edge = key_block(n6 - 1, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
+    # Only the last block can reach over the end of the sequence; the others come by the copy engine.
+    reaches_over = (n6 > 0) & (last_begin + BLOCK_N > seq_len)
+    inside = n6 - reaches_over.to(tl.int32)
+    first_begin, _ = key_block(0, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
+    key_low, key_high = load_span(key_spans_ptr, seq_start, first_begin, seq_len, SHAPE)
+    for i in range(inside):
+        begin, edge = key_block(i, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
+        next_begin, _next_edge = key_block(i + 1, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
+        following = load_span(key_spans_ptr, seq_start, next_begin, seq_len, SHAPE)
         acc = _add_keys(
             acc,
             q,
@@ -188,20 +194,13 @@ def hstu_fwd_kernel(
             bounds_ptr,
             key_times_ptr,
             alpha,
+            edge,
             SHAPE,
             MASK,
             False,
         )
         key_low, key_high = following
-    e0, n0, e1, n1, e2, n2, e3, n3, e4, n4 = load_edge(line)
-    key_low, key_high = load_span(
-        key_spans_ptr, seq_start, edge_begin(0, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N), seq_len, SHAPE
-    )
-    for i in range(n4):
-        begin = edge_begin(i, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N)
-        following = load_span(
-            key_spans_ptr, seq_start, edge_begin(i + 1, e0, n0, e1, n1, e2, n2, e3, n3, e4, BLOCK_N), seq_len, SHAPE
-        )
+    if reaches_over:
         acc = _add_keys(
             acc,
             q,
@@ -213,7 +212,7 @@ def hstu_fwd_kernel(
             v_row_stride,
             head * k_head_stride,
             head * v_head_stride,
-            begin,
+            last_begin,
             rows,
             row_times,
             row_low,
@@ -228,11 +227,26 @@ def hstu_fwd_kernel(
             bounds_ptr,
             key_times_ptr,
             alpha,
+            last_edge,
             SHAPE,
             MASK,
             True,
         )
-        key_low, key_high = following
     OUT_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
     out_ptr += seq_start * OUT_STRIDE + head * SHAPE.v_dim
-    store_tile(out_ptr, acc * scale, OUT_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v)
+    store_sums(
+        out_ptr,
+        partial_ptr,
+        acc,
+        scale,
+        program // HEADS,
+        pieces,
+        head,
+        OUT_STRIDE,
+        row_begin,
+        seq_len,
+        SHAPE,
+        BLOCK_M,
+        SHAPE.v_dim,
+        BLOCK_V,
+    )

@@ -14,6 +14,7 @@ from hstu_kernels.attention.triton.arguments import Tables, addressable, panels,
 from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
+from hstu_kernels.attention.triton.join import hstu_join_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import Tile, TileSet, float32_precision, padded_width, tile_set
 from hstu_kernels.bias import RelativeBias
@@ -23,6 +24,8 @@ from hstu_kernels.triton.launcher import Argument, Variant
 
 # Partial sums of the position table that programs share; more of them: fewer programs wait for one address.
 POSITION_COPIES = 32
+# Rows of a long tile that one program adds up.
+_JOINED_ROWS = 16
 # Beneath it a logit's product is nothing beside any bias.
 _LEAST_ALPHA = 2.0**-100
 
@@ -104,7 +107,10 @@ def triton_forward(
     tile = tiles.forward
     if call.rows:
         work = plan.query_work(tile.block_m, tile.block_n)
-        call.launch("forward", tile, work, (out,), (call.k, call.v))
+        pieces = _Pieces(plan, "query", tile.block_m, q)
+        partial = pieces.sums(tile.block_m, v.shape[2])
+        call.launch("forward", tile, work, (out, partial), (call.k, call.v), pieces=pieces.count)
+        pieces.join(out, partial, work, scale)
     return out
 
 
@@ -136,15 +142,23 @@ def triton_backward(
         tile = tiles.dq
         if call.rows:
             work = plan.query_work(tile.block_m, tile.block_n)
+            pieces = _Pieces(plan, "query", tile.block_m, q)
+            partial = pieces.sums(tile.block_m, q.shape[2])
             sums = (pos_sums, time_sums)
-            call.launch("dq", tile, work, (grad, dq), (call.k, call.v), sums, entries)
+            call.launch("dq", tile, work, (grad, dq, partial), (call.k, call.v), sums, entries, pieces.count)
+            pieces.join(dq, partial, work, call.alpha * scale)
     if need_k or need_v:
         dk = torch.empty_like(k, memory_format=torch.contiguous_format)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         tile = tiles.dkdv
         if call.rows:
             work = plan.key_work(tile.block_m, tile.block_n)
-            call.launch("dkdv", tile, work, (grad, dk, dv), (call.q, grad))
+            pieces = _Pieces(plan, "key", tile.block_n, q)
+            partial, partial_v = (pieces.sums(tile.block_n, width) for width in (k.shape[2], v.shape[2]))
+            own = (grad, dk, dv, partial, partial_v)
+            call.launch("dkdv", tile, work, own, (call.q, grad), pieces=pieces.count)
+            pieces.join(dk, partial, work, call.alpha * scale)
+            pieces.join(dv, partial_v, work, scale)
     if time_sums is not None and call.rows:
         tile = tiles.bias
         work = plan.query_work(tile.block_m, tile.block_n)
@@ -153,6 +167,30 @@ def triton_backward(
         dq.zero_()
     dpos, dtime = _add_up(pos_sums, pos_table, scale), _add_up(time_sums, time_table, scale)
     return dq if need_q else None, dk, dv, dpos, dtime
+
+
+class _Pieces:
+    """The pieces of long tiles at the front of a work list: their partial sums, and what adds them up."""
+
+    def __init__(self, plan: TritonPlan, side: str, block: int, like: Tensor) -> None:
+        self.long, self.count = plan.pieces(side, block)
+        self.heads, self.device = like.shape[1], like.device
+
+    def sums(self, rows: int, width: int) -> Tensor | None:
+        """``[pieces, H, rows, padded width]`` float32; ``None`` where no tile is cut."""
+        if not self.count:
+            return None
+        shape = (self.count, self.heads, rows, padded_width(width))
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def join(self, out: Tensor, partial: Tensor | None, work: Tensor, factor: float) -> None:
+        """Add ``partial`` up and write ``out``, times ``factor``."""
+        if partial is None:
+            return
+        _, _, rows, width = partial.shape
+        part = min(rows, _JOINED_ROWS)
+        kernel = _joiner(self.heads, self.long, rows, part, out.shape[2], width)
+        kernel(self.count * self.heads * (rows // part), (out, partial, work), (self.count, float(factor)))
 
 
 class _Call:
@@ -178,7 +216,7 @@ class _Call:
         self.q, q_row, q_head = addressable(q)
         self.k, k_row, k_head = addressable(k)
         self.v, v_row, v_head = addressable(v)
-        self.plan = plan
+        self.plan, self.alpha = plan, alpha
         self.numbers = (q_row, q_head, k_row, k_head, v_row, v_head, float(alpha), float(scale))
         self.facts = (
             self.heads,
@@ -197,18 +235,20 @@ class _Call:
         role: str,
         tile: Tile,
         work: Tensor,
-        own: tuple[Tensor, ...],
+        own: tuple[Tensor | None, ...],
         streamed: tuple[Tensor, ...] = (),
         sums: tuple[Tensor | None, ...] = (),
         entries: int = 0,
+        pieces: int = 0,
     ) -> None:
         """Launch one kernel.
 
         Args:
             work: its work list.
-            own: the arrays between q, k, v and what streams: gradients that come in, and results.
+            own: the arrays between q, k, v and what streams: gradients that come in, results, sums of pieces.
             streamed: the arrays whose blocks the main loop fetches; none where the kernel has no descriptors.
             sums: partial sums of the tables. entries: columns of those of the time table, 0 without.
+            pieces: lines at the front of ``work`` that are pieces of long tiles.
         """
         plan = self.plan
         of_keys = role == "dkdv"
@@ -234,7 +274,7 @@ class _Call:
                 work,
             ),
             # The kernel of the bias leaves the factor ``scale`` to those who add up.
-            self.numbers[:-1] if role == "bias" else self.numbers,
+            self.numbers[:-1] if role == "bias" else (*self.numbers, pieces),
         )
 
 
@@ -261,6 +301,12 @@ def _variant(
     if role == "dq":
         constants["COPIES"] = POSITION_COPIES
     return Variant(_KERNELS[role], **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+@functools.lru_cache(maxsize=64)
+def _joiner(heads: int, long: int, tile: int, rows: int, width: int, block: int) -> Variant:
+    constants = {"HEADS": heads, "LONG": long, "TILE": tile, "ROWS": rows, "WIDTH": width, "BLOCK": block}
+    return Variant(hstu_join_kernel, **constants, num_warps=4)
 
 
 def _divided(pos_table: Tensor | None, time_table: Tensor | None, alpha: float) -> Tables:

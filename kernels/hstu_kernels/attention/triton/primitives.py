@@ -6,11 +6,10 @@ SHAPE is a `tiles.KernelShape`, MASK a `hstu_kernels.mask.AttentionMask`; both a
 import triton
 import triton.language as tl
 
-from hstu_kernels.attention.triton.schedule import EDGE_SEGMENTS, HEADER, LINE
+from hstu_kernels.attention.triton.schedule import HEADER, LINE
 
 _LINE = tl.constexpr(LINE)
-_FULL = tl.constexpr(HEADER)
-_EDGE = tl.constexpr(LINE - 2 * EDGE_SEGMENTS)
+_HEADER = tl.constexpr(HEADER)
 
 
 @triton.jit
@@ -180,6 +179,61 @@ def store_tile(ptr, tile, row_stride, begin, seq_len, ROWS: tl.constexpr, WIDTH:
 
 
 @triton.jit
+def store_sums(
+    ptr,
+    partial_ptr,
+    tile,
+    factor,
+    line,
+    pieces,
+    head,
+    row_stride,
+    begin,
+    seq_len,
+    SHAPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums of work line ``line``: of a piece as they are, in float32, of a whole tile times ``factor``."""
+    if partial_ptr is not None:
+        if line < pieces:
+            place = (line.to(tl.int64) * SHAPE.heads + head) * (ROWS * BLOCK)
+            inside = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+            tl.store(partial_ptr + place + inside, tile)
+        else:
+            store_tile(ptr, tile * factor, row_stride, begin, seq_len, ROWS, WIDTH, BLOCK)
+    else:
+        store_tile(ptr, tile * factor, row_stride, begin, seq_len, ROWS, WIDTH, BLOCK)
+
+
+@triton.jit
+def load_own(
+    ptr, row_stride, begin, seq_len, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr
+):
+    """As `load_tile`, bounded: the operand that stays for the whole loop.
+
+    With ``SHAPE.own_in_registers`` it stays in registers: out of shared memory, which the products of narrow tiles fill
+    to its bandwidth, the compiler would read it for each of them. It does so for what it sees as a load.
+    """
+    if SHAPE.own_in_registers and WIDTH == BLOCK:
+        base = (ptr + begin.to(tl.int64) * row_stride).to(tl.int64, bitcast=True)
+        row = tl.broadcast_to(tl.arange(0, ROWS)[:, None], ROWS, BLOCK)
+        tile = tl.inline_asm_elementwise(
+            """{ .reg .u64 a; .reg .pred p; setp.lt.s32 p, $1, $2; mad.wide.s32 a, $3, 2, $4; mov.b16 $0, 0;
+            @p ld.global.nc.b16 $0, [a]; }""",
+            "=h,r,r,r,l",
+            [row, seq_len - begin, row * row_stride + tl.arange(0, BLOCK)[None, :], base],
+            dtype=ptr.dtype.element_ty,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        tile = load_tile(ptr, row_stride, begin, seq_len, ROWS, WIDTH, BLOCK, True)
+    return tile
+
+
+@triton.jit
 def load_line(work_ptr, index):
     """Sequence start (int64), length, history end and tile begin of work line ``index``, and where the line lies."""
     line = work_ptr + index.to(tl.int64) * _LINE
@@ -191,46 +245,58 @@ def load_line(work_ptr, index):
 
 
 @triton.jit
-def load_full(line):
-    """The two full segments: origins, and the number of blocks up to the end of each."""
-    full = line + _FULL
+def load_segments(line):
+    """The segments of a line: origins, and the number of blocks up to the end of each."""
+    at = line + _HEADER
     return (
-        tl.load(full).to(tl.int32),
-        tl.load(full + 1).to(tl.int32),
-        tl.load(full + 2).to(tl.int32),
-        tl.load(full + 3).to(tl.int32),
+        tl.load(at).to(tl.int32),
+        tl.load(at + 1).to(tl.int32),
+        tl.load(at + 2).to(tl.int32),
+        tl.load(at + 3).to(tl.int32),
+        tl.load(at + 4).to(tl.int32),
+        tl.load(at + 5).to(tl.int32),
+        tl.load(at + 6).to(tl.int32),
+        tl.load(at + 7).to(tl.int32),
+        tl.load(at + 8).to(tl.int32),
+        tl.load(at + 9).to(tl.int32),
+        tl.load(at + 10).to(tl.int32),
+        tl.load(at + 11).to(tl.int32),
+        tl.load(at + 12).to(tl.int32),
+        tl.load(at + 13).to(tl.int32),
     )
 
 
 @triton.jit
-def full_begin(i, origin0, blocks0, origin1, BLOCK: tl.constexpr):
-    """First row of full block ``i``."""
-    return i * BLOCK + tl.where(i < blocks0, origin0, origin1)
+def key_block(i, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE: tl.constexpr, MASK: tl.constexpr):
+    """First key of block ``i`` of a query tile, and whether hidden pairs may lie in it."""
+    WINDOW: tl.constexpr = MASK.max_attn_len
+    origin = tl.where(i < n4, o4, o5)
+    origin = tl.where(i < n3, o3, origin)
+    edge = i >= n3
+    # Without a window a row meets one range of keys.
+    if WINDOW > 0:
+        origin = tl.where(i < n2, o2, origin)
+        edge = edge | (i < n2)
+        if SHAPE.contextual + MASK.global_prefix_len > 0:
+            origin = tl.where(i < n1, o1, origin)
+            origin = tl.where(i < n0, o0, origin)
+            edge = edge & (i >= n0)
+    return i * SHAPE.block_n + origin, edge
 
 
 @triton.jit
-def load_edge(line):
-    """The five edge segments: origins, and the number of blocks up to the end of each."""
-    edge = line + _EDGE
-    return (
-        tl.load(edge).to(tl.int32),
-        tl.load(edge + 1).to(tl.int32),
-        tl.load(edge + 2).to(tl.int32),
-        tl.load(edge + 3).to(tl.int32),
-        tl.load(edge + 4).to(tl.int32),
-        tl.load(edge + 5).to(tl.int32),
-        tl.load(edge + 6).to(tl.int32),
-        tl.load(edge + 7).to(tl.int32),
-        tl.load(edge + 8).to(tl.int32),
-        tl.load(edge + 9).to(tl.int32),
-    )
-
-
-@triton.jit
-def edge_begin(i, origin0, blocks0, origin1, blocks1, origin2, blocks2, origin3, blocks3, origin4, BLOCK: tl.constexpr):
-    """First row of edge block ``i``."""
-    origin = tl.where(i < blocks3, origin3, origin4)
-    origin = tl.where(i < blocks2, origin2, origin)
-    origin = tl.where(i < blocks1, origin1, origin)
-    origin = tl.where(i < blocks0, origin0, origin)
-    return i * BLOCK + origin
+def row_block(i, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, n5, o6, SHAPE: tl.constexpr, MASK: tl.constexpr):
+    """First row of block ``i`` of a key tile, and whether hidden pairs may lie in it."""
+    WINDOW: tl.constexpr = MASK.max_attn_len
+    origin = o3
+    edge = (i < n1) | (i >= n2)
+    if WINDOW > 0:
+        origin = tl.where(i < n5, o5, o6)
+        origin = tl.where(i < n4, o4, origin)
+        origin = tl.where(i < n3, o3, origin)
+        edge = edge & ((i < n4) | (i >= n5))
+    origin = tl.where(i < n2, o2, origin)
+    origin = tl.where(i < n1, o1, origin)
+    if SHAPE.contextual > 0:
+        origin = tl.where(i < n0, o0, origin)
+    return i * SHAPE.block_m + origin, edge

@@ -2,8 +2,12 @@
 
 A work list has one line for each tile that exists: no program starts only to find that it has nothing to do. Lines go
 sequence by sequence, the longest first, so that programs that run together read the same rows from the cache and none
-that starts late runs long. A line says where the tile lies and which blocks of the other side it meets: full blocks, in
-which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is visible are in neither.
+that starts late runs long. A line says where the tile lies and which blocks of the other side it meets, in ascending
+order: full blocks, in which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is
+visible are in neither.
+
+Under a window a few tiles may meet all of a long sequence: rows of the tail, keys of the prefix. They would be the last
+to end, so they go to several programs: lines of pieces stand at the front, and `join` adds their results up.
 """
 
 from __future__ import annotations
@@ -22,10 +26,14 @@ from hstu_kernels.mask import AttentionMask
 if TYPE_CHECKING:
     from hstu_kernels.triton.launcher import Variant
 
-# A line: sequence start, length, history end, tile begin; full segments (origin, blocks up to its end) x 2;
-# edge segments (origin, blocks up to its end) x 5. Block i of the segment it falls into begins at origin + i * block.
-HEADER, FULL_SEGMENTS, EDGE_SEGMENTS = 4, 2, 5
-LINE = HEADER + 2 * (FULL_SEGMENTS + EDGE_SEGMENTS)
+# A line: sequence start, length, history end, tile begin; segments (origin, blocks up to its end) x 7.
+# Block i of the segment it falls into begins at origin + i * block.
+HEADER, SEGMENTS = 4, 7
+LINE = HEADER + 2 * SEGMENTS
+# Which segments are full, in the lists of query tiles and of key tiles.
+FULL_SEGMENTS = {"query": (0, 3), "key": (2, 5)}
+# A long tile is cut into pieces of at most that many rows of the other side. A power of two.
+PIECE_ROWS = 4096
 # Lines that one program of the list's kernel writes.
 _SLOTS = 32
 
@@ -49,11 +57,11 @@ class TritonPlan:
     spans: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def query_work(self, block_m: int, block_n: int) -> Tensor:
-        """``[tiles, LINE]`` int64: query tiles and the key blocks they meet; up to B lines are empty."""
+        """``[lines, LINE]`` int64: query tiles and the key blocks they meet; some lines are empty."""
         return self._work("query", block_m, block_n)
 
     def key_work(self, block_m: int, block_n: int) -> Tensor:
-        """``[tiles, LINE]`` int64: key tiles and the blocks of query rows they meet; up to B lines are empty."""
+        """``[lines, LINE]`` int64: key tiles and the blocks of query rows they meet; some lines are empty."""
         return self._work("key", block_m, block_n)
 
     def block_spans(self, side: str, block: int) -> Tensor | None:
@@ -66,35 +74,46 @@ class TritonPlan:
             self.spans[key] = block_spans(times, self.layout, block)
         return self.spans[key]
 
+    def pieces(self, side: str, block: int) -> tuple[int, int]:
+        """Long tiles of a sequence, and lines of pieces at the front of the list of ``side`` for tiles of ``block``."""
+        layout = self.layout
+        if layout.max_seq_len <= PIECE_ROWS:
+            return 0, 0
+        long = long_tiles(side, self.mask, layout.contextual_seq_len, block)
+        return long, long * piece_slots(self.total_rows)
+
     def _work(self, side: str, block_m: int, block_n: int) -> Tensor:
         key = (side, block_m, block_n)
         if key not in self.work:
-            self.work[key] = self._write(side == "query", block_m, block_n)
+            self.work[key] = self._write(side, block_m, block_n)
         return self.work[key]
 
-    def _write(self, of_query: bool, block_m: int, block_n: int) -> Tensor:
+    def _write(self, side: str, block_m: int, block_n: int) -> Tensor:
         layout = self.layout
-        lines = list_length(self.total_rows, layout.batch_size, block_m if of_query else block_n)
+        own = block_m if side == "query" else block_n
+        long, pieces = self.pieces(side, own)
+        lines = pieces + list_length(self.total_rows, layout.batch_size, own)
         programs = (lines + _SLOTS - 1) // _SLOTS
         work = torch.empty(programs * _SLOTS, LINE, dtype=torch.int64, device=layout.device)
         if lines:
-            kernel = _list_writer(layout.contextual_seq_len, self.mask, block_m, block_n, of_query)
+            room = (long if pieces else 0, PIECE_ROWS)
+            kernel = _list_writer(layout.contextual_seq_len, self.mask, block_m, block_n, side == "query", *room)
             batch = layout.batch_size
             arrays = (work, self.order, self.ends, layout.seq_offsets, layout.num_targets)
-            kernel(programs, arrays, (batch, batch.bit_length()))
+            kernel(programs, arrays, (batch, batch.bit_length(), pieces))
         return work[:lines]
 
 
 @functools.lru_cache(maxsize=256)
-def _list_writer(contextual: int, mask: AttentionMask, block_m: int, block_n: int, of_query: bool) -> Variant:
+def _list_writer(
+    contextual: int, mask: AttentionMask, block_m: int, block_n: int, of_query: bool, long: int, room: int
+) -> Variant:
     # Here, so that this module imports without Triton.
     from hstu_kernels.attention.triton.work import hstu_work_kernel
     from hstu_kernels.triton.launcher import Variant
 
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-    return Variant(
-        hstu_work_kernel, CONTEXTUAL=contextual, MASK=mask, **blocks, OF_QUERY=of_query, SLOTS=_SLOTS, num_warps=1
-    )
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "LONG": long, "ROOM": room, "SLOTS": _SLOTS}
+    return Variant(hstu_work_kernel, CONTEXTUAL=contextual, MASK=mask, OF_QUERY=of_query, **sizes, num_warps=1)
 
 
 def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None, total_rows: int) -> TritonPlan:
@@ -131,8 +150,34 @@ def device_boundaries(num_buckets: int, device: torch.device) -> Tensor:
 
 
 def list_length(total_rows: int, batch_size: int, block: int) -> int:
-    """Lines of a list: a bound on the number of tiles that is known without asking the device."""
+    """Lines of a list without pieces: a bound on the number of tiles that is known without asking the device."""
     return total_rows // block + batch_size
+
+
+def piece_slots(total_rows: int) -> int:
+    """Pieces of one tile of each sequence: a bound for all sequences together.
+
+    Only sequences of more than PIECE_ROWS have some. They are the first, at most ``L / PIECE_ROWS``, and each owns as
+    many slots as PIECE_ROWS fit into its rows, and one more.
+    """
+    return 2 * (total_rows // PIECE_ROWS)
+
+
+def long_tiles(side: str, mask: AttentionMask, contextual_seq_len: int, block: int) -> int:
+    """Tiles of ``block`` rows in a sequence that may meet all of it although most tiles meet a window; 0: do not cut.
+
+    Where there are many of them they keep the machine busy as they are, and partial sums would take more than q does.
+    """
+    if mask.max_attn_len == 0:
+        return 0
+    if side == "query":
+        context = contextual_seq_len if mask.contextual_sees_history else 0
+        rows, tail = context + mask.full_attn_tail_len, mask.full_attn_tail_len
+        tiles = -(-context // block) + (-(-tail // block) + 1 if tail else 0)
+    else:
+        rows = contextual_seq_len + mask.global_prefix_len
+        tiles = -(-rows // block)
+    return tiles if rows <= PIECE_ROWS // 4 else 0
 
 
 def _longest_first(layout: JaggedLayout) -> tuple[Tensor, Tensor]:

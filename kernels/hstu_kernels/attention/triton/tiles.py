@@ -9,12 +9,16 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows of a query tile, rows of a key tile, warps, and depth of the software pipeline."""
+    """Rows of a query tile, rows of a key tile, warps, and depth of the software pipeline.
+
+    ``own_in_registers``: the operand of the tile's own side stays in registers, where inputs have two bytes.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    own_in_registers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class KernelShape:
         descriptors: full blocks of the streamed operands come through tensor descriptors.
         precision: of float32 products, ``ieee`` or ``tf32``.
         assembly: there is inline assembly: a GPU, not the interpreter.
+        own_in_registers: as in `Tile`; wants ``assembly``.
         few_buckets: a block whose times span at most that many thresholds compares with each of them.
     """
 
@@ -63,6 +68,7 @@ class KernelShape:
     descriptors: bool
     precision: str
     assembly: bool = False
+    own_in_registers: bool = False
     few_buckets: int = 3
 
 

@@ -1,6 +1,7 @@
 """The kernel that writes work lists: one launch where PyTorch would need some eighty.
 
-Segments are pairs (begin, end) of columns or rows, in whole blocks; a begin at or behind its end means none.
+Segments are pairs (begin, end) of columns or rows, in whole blocks and in ascending order; a begin at or behind its
+end means none.
 """
 
 import triton
@@ -22,27 +23,38 @@ def _ceil(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _put(lines, column, before, begin, end, live, BLOCK: tl.constexpr):
-    """Write a segment behind ``before`` blocks of others; returns the number of blocks up to its end."""
-    blocks = before + (tl.maximum(end - begin, 0) + BLOCK - 1) // BLOCK
-    tl.store(lines + column, tl.where(live, begin - before * BLOCK, 0).to(tl.int64))
-    tl.store(lines + column + 1, tl.where(live, blocks, 0).to(tl.int64))
+def _blocks(begin, end, BLOCK: tl.constexpr):
+    return (tl.maximum(end - begin, 0) + BLOCK - 1) // BLOCK
+
+
+@triton.jit
+def _put(lines, column, before, begin, end, from_block, to_block, live, BLOCK: tl.constexpr):
+    """Write what of a segment, ``before`` blocks of others ahead of it, falls into blocks ``[from, to)`` of a tile.
+
+    Returns the number of blocks up to the segment's end.
+    """
+    blocks = before + _blocks(begin, end, BLOCK)
+    origin = begin + (from_block - before) * BLOCK
+    upto = tl.minimum(tl.maximum(blocks, from_block), to_block) - from_block
+    tl.store(lines + column, tl.where(live, origin, 0).to(tl.int64))
+    tl.store(lines + column + 1, tl.where(live, upto, 0).to(tl.int64))
     return blocks
 
 
 @triton.jit
-def _put_key_segments(
-    lines,
+def _key_segments(
     first,
     length,
     history,
-    live,
     CONTEXTUAL: tl.constexpr,
     MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keys that the query tile at ``first`` meets, as `AttentionMask.key_range`."""
+    """Keys that the query tile at ``first`` meets, as `AttentionMask.key_range`: the ends of seven segments.
+
+    Full are the first and the fourth; the last is empty.
+    """
     WIDTH: tl.constexpr = MASK.max_attn_len
     TAIL: tl.constexpr = MASK.full_attn_tail_len
     PREFIX: tl.constexpr = CONTEXTUAL + MASK.global_prefix_len
@@ -92,28 +104,36 @@ def _put_key_segments(
     middle_end = tl.where(only_targets, tl.minimum(_ceil(history, BLOCK_N), end), end)
     middle_end = tl.maximum(middle_end, begin)
     own = tl.where(only_targets, tl.maximum(_floor(first, BLOCK_N), _ceil(history, BLOCK_N)), end)
-    blocks = _put(lines, 4, zero, zero, prefix_full, live, BLOCK_N)
-    blocks = _put(lines, 6, blocks, full_begin, full_end, live, BLOCK_N)
-    blocks = _put(lines, 8, zero, prefix_full, prefix_end, live, BLOCK_N)
-    blocks = _put(lines, 10, blocks, begin, full_begin, live, BLOCK_N)
-    blocks = _put(lines, 12, blocks, full_end, middle_end, live, BLOCK_N)
-    blocks = _put(lines, 14, blocks, tl.maximum(own, begin), end, live, BLOCK_N)
-    blocks = _put(lines, 16, blocks, zero, zero, live, BLOCK_N)
+    own = tl.maximum(own, begin)
+    return (
+        zero,
+        prefix_full,
+        prefix_full,
+        prefix_end,
+        begin,
+        full_begin,
+        full_begin,
+        full_end,
+        full_end,
+        middle_end,
+        own,
+        end,
+        end,
+        end,
+    )
 
 
 @triton.jit
-def _put_row_segments(
-    lines,
+def _row_segments(
     first,
     length,
     history,
-    live,
     CONTEXTUAL: tl.constexpr,
     MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Query rows that the key tile at ``first`` meets: the other way round."""
+    """Query rows that the key tile at ``first`` meets, the other way round. Full are the third and the sixth."""
     WIDTH: tl.constexpr = MASK.max_attn_len
     PREFIX: tl.constexpr = CONTEXTUAL + MASK.global_prefix_len
     zero = first * 0
@@ -154,16 +174,53 @@ def _put_row_segments(
     some = all_history & (tail_full_end > tail_full_begin)
     tail_full_begin = tl.where(some, tail_full_begin, tail_begin)
     tail_full_end = tl.where(some, tail_full_end, tail_begin)
-    blocks = _put(lines, 4, zero, full_begin, full_end, live, BLOCK_M)
-    blocks = _put(lines, 6, blocks, tail_full_begin, tail_full_end, live, BLOCK_M)
-    blocks = _put(lines, 8, zero, zero, context_end, live, BLOCK_M)
-    blocks = _put(lines, 10, blocks, begin, full_begin, live, BLOCK_M)
-    blocks = _put(lines, 12, blocks, full_end, end, live, BLOCK_M)
-    blocks = _put(lines, 14, blocks, tail_begin, tail_full_begin, live, BLOCK_M)
-    blocks = _put(lines, 16, blocks, tail_full_end, tail_end, live, BLOCK_M)
+    return (
+        zero,
+        context_end,
+        begin,
+        full_begin,
+        full_begin,
+        full_end,
+        full_end,
+        end,
+        tail_begin,
+        tail_full_begin,
+        tail_full_begin,
+        tail_full_end,
+        tail_full_end,
+        tail_end,
+    )
 
 
-@triton.jit(do_not_specialize=["batch_size", "search_steps"])
+@triton.jit
+def _long_tile(slot, history, CONTEXTUAL: tl.constexpr, MASK: tl.constexpr, OWN: tl.constexpr, OF_QUERY: tl.constexpr):
+    """Tile ``slot`` of the few that may be long, as `schedule.long_tiles` counts them, and whether it is one."""
+    CONTEXT: tl.constexpr = (CONTEXTUAL + OWN - 1) // OWN if MASK.contextual_sees_history else 0
+    if OF_QUERY:
+        tail = tl.maximum(history - MASK.full_attn_tail_len, 0) // OWN
+        tile = tl.where(slot < CONTEXT, slot, tail + slot - CONTEXT)
+        found = (slot < CONTEXT) | (tile >= CONTEXT)
+    else:
+        tile = slot
+        found = tile >= 0
+    return tile, found & _is_long(tile, history, CONTEXTUAL, MASK, OWN, OF_QUERY)
+
+
+@triton.jit
+def _is_long(tile, history, CONTEXTUAL: tl.constexpr, MASK: tl.constexpr, OWN: tl.constexpr, OF_QUERY: tl.constexpr):
+    """Whether a tile meets all of a sequence although its neighbours meet a window."""
+    if OF_QUERY:
+        CONTEXT: tl.constexpr = (CONTEXTUAL + OWN - 1) // OWN if MASK.contextual_sees_history else 0
+        found = tile < CONTEXT
+        if MASK.full_attn_tail_len > 0:
+            of_tail = tile >= tl.maximum(history - MASK.full_attn_tail_len, 0) // OWN
+            found = found | (of_tail & (tile * OWN < history))
+    else:
+        found = tile * OWN < tl.minimum(history, CONTEXTUAL + MASK.global_prefix_len)
+    return found
+
+
+@triton.jit(do_not_specialize=["batch_size", "search_steps", "pieces"])
 def hstu_work_kernel(
     lines_ptr,
     order_ptr,
@@ -172,11 +229,14 @@ def hstu_work_kernel(
     targets_ptr,
     batch_size,
     search_steps,
+    pieces,
     CONTEXTUAL: tl.constexpr,
     MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OF_QUERY: tl.constexpr,
+    LONG: tl.constexpr,
+    ROOM: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """SLOTS lines of ``lines [slots, LINE]`` int64, whose number is a multiple of SLOTS.
@@ -184,14 +244,25 @@ def hstu_work_kernel(
     ``order [B]``: the sequences, the longest first; ``ends [B]``: the sum of their lengths up to each. The sequence at
     place ``p`` owns the slots from ``begin(p) // OWN + p`` on: enough for its tiles, known without counting them; where
     that is one more than enough, the line is empty. ``search_steps``: at least ``log2(B)``.
+
+    With LONG, the number of tiles of a sequence that may be long, the first ``pieces`` lines hold pieces of at most
+    ROOM rows of the other side: piece by piece, LONG lines each, and found in the same way.
     """
     OWN: tl.constexpr = BLOCK_M if OF_QUERY else BLOCK_N
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    OTHER: tl.constexpr = BLOCK_N if OF_QUERY else BLOCK_M
+    line = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    if LONG > 0:
+        is_piece = line < pieces
+        slot = tl.where(is_piece, line // LONG, line - pieces)
+        room = tl.where(is_piece, ROOM, OWN)
+    else:
+        slot = line
+        room = OWN
     low = tl.zeros([SLOTS], tl.int32)
     high = low + batch_size
     for _ in range(search_steps):
         middle = (low + high) // 2
-        first_slot = (tl.load(ends_ptr + tl.maximum(middle - 1, 0)) // OWN).to(tl.int32) + middle
+        first_slot = (tl.load(ends_ptr + tl.maximum(middle - 1, 0)) // room).to(tl.int32) + middle
         further = (middle > low) & (first_slot <= slot)
         low = tl.where(further, middle, low)
         high = tl.where(further, high, tl.maximum(middle, low + 1))
@@ -201,20 +272,45 @@ def hstu_work_kernel(
     history = length
     if targets_ptr is not None:
         history -= tl.load(targets_ptr + sequence).to(tl.int32)
-    first_slot = ((tl.load(ends_ptr + low) - length) // OWN).to(tl.int32) + low
-    tile = slot - first_slot
+    place = slot - ((tl.load(ends_ptr + low) - length) // room).to(tl.int32) - low
     tiles = (length + OWN - 1) // OWN
-    live = tile < tiles
+    tile = place
     if OF_QUERY:
         # The last tiles of a sequence are its busiest.
         tile = tiles - 1 - tile
+    if LONG > 0:
+        long_tile, is_long = _long_tile(line % LONG, history, CONTEXTUAL, MASK, OWN, OF_QUERY)
+        tile = tl.where(is_piece, long_tile, tile)
+    live = (tile >= 0) & (tile < tiles)
     first = tile * OWN
-    lines = lines_ptr + slot.to(tl.int64) * _LINE
+    if OF_QUERY:
+        b0, e0, b1, e1, b2, e2, b3, e3, b4, e4, b5, e5, b6, e6 = _key_segments(
+            first, length, history, CONTEXTUAL, MASK, BLOCK_M, BLOCK_N
+        )
+    else:
+        b0, e0, b1, e1, b2, e2, b3, e3, b4, e4, b5, e5, b6, e6 = _row_segments(
+            first, length, history, CONTEXTUAL, MASK, BLOCK_M, BLOCK_N
+        )
+    from_block = tl.zeros([SLOTS], tl.int32)
+    to_block = _blocks(b0, e0, OTHER) + _blocks(b1, e1, OTHER) + _blocks(b2, e2, OTHER) + _blocks(b3, e3, OTHER)
+    to_block += _blocks(b4, e4, OTHER) + _blocks(b5, e5, OTHER) + _blocks(b6, e6, OTHER)
+    if LONG > 0:
+        # Borders between pieces depend on the sequence alone.
+        count = (to_block + ROOM // OTHER - 1) // (ROOM // OTHER)
+        size = (to_block + count - 1) // tl.maximum(count, 1)
+        in_pieces = (count > 1) & tl.where(is_piece, is_long, _is_long(tile, history, CONTEXTUAL, MASK, OWN, OF_QUERY))
+        from_block = tl.where(is_piece, place * size, from_block)
+        live = live & (in_pieces == is_piece) & (from_block < to_block)
+        to_block = tl.where(is_piece, tl.minimum(from_block + size, to_block), to_block)
+    lines = lines_ptr + line.to(tl.int64) * _LINE
     tl.store(lines, tl.where(live, start, 0))
     tl.store(lines + 1, tl.where(live, length, 0).to(tl.int64))
     tl.store(lines + 2, tl.where(live, history, 0).to(tl.int64))
     tl.store(lines + 3, tl.where(live, first, 0).to(tl.int64))
-    if OF_QUERY:
-        _put_key_segments(lines, first, length, history, live, CONTEXTUAL, MASK, BLOCK_M, BLOCK_N)
-    else:
-        _put_row_segments(lines, first, length, history, live, CONTEXTUAL, MASK, BLOCK_M, BLOCK_N)
+    blocks = _put(lines, 4, from_block * 0, b0, e0, from_block, to_block, live, OTHER)
+    blocks = _put(lines, 6, blocks, b1, e1, from_block, to_block, live, OTHER)
+    blocks = _put(lines, 8, blocks, b2, e2, from_block, to_block, live, OTHER)
+    blocks = _put(lines, 10, blocks, b3, e3, from_block, to_block, live, OTHER)
+    blocks = _put(lines, 12, blocks, b4, e4, from_block, to_block, live, OTHER)
+    blocks = _put(lines, 14, blocks, b5, e5, from_block, to_block, live, OTHER)
+    blocks = _put(lines, 16, blocks, b6, e6, from_block, to_block, live, OTHER)
