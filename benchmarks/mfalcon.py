@@ -4,9 +4,10 @@
     chart   candidates per second from the recorded rows, as PNG
 
 Ways to score the candidates of one request: ``naive`` encodes the history again for every micro-batch; ``full`` is one
-forward pass over history and all candidates; ``mfalcon`` encodes the history once and scores micro-batches against it;
-``cached`` finds the history encoded; ``graphs`` is ``cached`` by CUDA graphs. Where a way does not give the scores of
-``full`` within the tolerance, nothing is recorded.
+forward pass over history and all candidates; ``mfalcon`` encodes the history once and scores micro-batches against it,
+and ``mfalcon-graphs`` does the latter by CUDA graphs. ``prefill`` is the encoding alone. The others find the history
+encoded: ``cached`` by the backend's launches, ``cached-eager`` in plain PyTorch, ``graphs`` by CUDA graphs. Where a way
+does not give the scores of ``full`` within the tolerance, nothing is recorded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -24,9 +25,9 @@ from torch import Tensor
 from benchmarks.ledger import RESULTS, LedgerError, append, read
 from benchmarks.machine import provenance
 from benchmarks.timing import synchronize
-from hstu_kernels import AttentionMask, JaggedLayout
+from hstu_kernels import AttentionMask, Backend, JaggedLayout
 from hstu_plugin.config import HSTUConfig, Variant
-from hstu_plugin.flops import decode_flops, scoring_flops
+from hstu_plugin.flops import decode_flops, prefill_flops, scoring_flops
 from hstu_plugin.mfalcon import MFalconRanker
 from hstu_plugin.ranker import HSTURanker
 from hstu_plugin.ranking_config import RankingConfig, TaskConfig
@@ -34,7 +35,8 @@ from hstu_plugin.ranking_embedding import with_targets
 from hstu_plugin.sequence import JaggedSequence
 
 LEDGER = RESULTS / "mfalcon.csv"
-WAYS = ("naive", "full", "mfalcon", "cached", "graphs")
+WAYS = ("naive", "full", "prefill", "mfalcon", "mfalcon-graphs", "cached-eager", "cached", "graphs")
+_CACHED, _RECORDED = ("cached-eager", "cached", "graphs"), ("mfalcon-graphs", "graphs")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 # Largest difference of scores, relative to the largest score; sums of half precision differ in their order.
 TOLERANCE = {"bfloat16": 0.05, "float32": 1e-3, "float64": 1e-10}
@@ -44,7 +46,7 @@ _CASE = ("history", "candidates", "micro_batch_size", "way", "transfers")
 _MEASURED = ("p50_ms", "p99_ms", "samples", "candidates_per_s", "gflops", "relative_error")
 COLUMNS = (*_PROVENANCE, *_MODEL, *_CASE, *_MEASURED)
 _EPOCH = 1_700_000_000
-_FEWEST = 5
+_FEWEST = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,13 @@ class Request:
     history: JaggedSequence
     candidates: JaggedSequence
 
-    def moved(self) -> Request:
-        """The same after a copy of the token vectors from the host."""
-        device = self.history.values.device
-        history, candidates = (part.to(device, non_blocking=True) for part in self.host)
-        return Request(self.host, self.history.with_values(history), self.candidates.with_values(candidates))
+    def moved(self, *, with_history: bool) -> Request:
+        """The same after a copy of the token vectors from the host; a cached history does not travel."""
+        device, history = self.history.values.device, self.history
+        if with_history:
+            history = history.with_values(self.host[0].to(device, non_blocking=True))
+        candidates = self.candidates.with_values(self.host[1].to(device, non_blocking=True))
+        return Request(self.host, history, candidates)
 
 
 Way = Callable[[Request], Tensor]
@@ -75,7 +79,7 @@ def main() -> None:
 @click.option("--history", "histories", multiple=True, type=int, default=(1024, 4096, 16384), show_default=True)
 @click.option("--candidates", "counts", multiple=True, type=int, default=(256, 1024, 16384), show_default=True)
 @click.option("--way", "ways", multiple=True, type=click.Choice(WAYS), help="Default: all that run here.")
-@click.option("--micro-batch-size", default=1024, show_default=True)
+@click.option("--micro-batch-size", default=1024, show_default=True, help="Of the naive way; others choose theirs.")
 @click.option("--layers", default=8, show_default=True)
 @click.option("--dim", default=512, show_default=True)
 @click.option("--heads", default=4, show_default=True)
@@ -110,11 +114,11 @@ def run(
     about = provenance(place, commit) | {
         "model": model, "layers": layers, "dim": dim, "heads": heads, "dtype": dtype, "backend": backend
     }  # fmt: skip
-    chosen = ways or tuple(way for way in WAYS if way != "graphs" or place.type == "cuda")
+    chosen = ways or tuple(way for way in WAYS if way not in _RECORDED or place.type == "cuda")
     for length in histories:
         for count in counts:
             request = make_request(length, count, dim, DTYPES[dtype], place)
-            made = make_ways(ranker, request, micro_batch_size, chosen)
+            made, sizes = make_ways(ranker, request, micro_batch_size, chosen)
             errors = check(made, ranker, request, TOLERANCE[dtype])
             rows = []
             for name, way in made.items():
@@ -122,17 +126,17 @@ def run(
                     row = about | {
                         "history": length,
                         "candidates": count,
-                        "micro_batch_size": micro_batch_size,
+                        "micro_batch_size": sizes[name],
                         "way": name,
                         "transfers": transfers,
                         "gflops": gigaflops(config, name, length, count, micro_batch_size),
-                        "relative_error": errors[name],
-                        **measure(way, request, place, transfers=transfers, seconds=seconds),
+                        "relative_error": errors.get(name),
+                        **measure(name, way, request, place, transfers=transfers, seconds=seconds),
                     }
                     rows.append(row)
                     click.echo(
-                        f"{length:6} history {count:6} candidates {name:8}{' +transfers' if transfers else '':11} "
-                        f"p50 {row['p50_ms']:9.3f} ms  p99 {row['p99_ms']:9.3f} ms  {row['candidates_per_s']:12.0f}/s"
+                        f"{length:6} history {count:6} candidates {name:14}{' +transfers' if transfers else '':11} "
+                        f"p50 {row['p50_ms']:9.3f} ms  p99 {row['p99_ms']:9.3f} ms  {row['samples']:4} samples"
                     )
             # One case at a time, so that a run that is cut off keeps what it has.
             append(output, COLUMNS, rows)
@@ -164,30 +168,47 @@ def make_request(length: int, count: int, dim: int, dtype: torch.dtype, device: 
     )
 
 
-def make_ways(ranker: HSTURanker, request: Request, size: int, names: tuple[str, ...]) -> dict[str, Way]:
-    """The chosen ways; the history of ``cached`` and ``graphs`` is encoded here."""
-    plain = MFalconRanker(ranker, micro_batch_size=size)
-    cache = plain.new_cache()
-    plain.prefill(cache, [0], request.history)
+def make_ways(
+    ranker: HSTURanker, request: Request, size: int, names: tuple[str, ...]
+) -> tuple[dict[str, Way], dict[str, int]]:
+    """The chosen ways, and candidates of their micro-batches; where a cache is asked for, it is filled here."""
+    scorers = {"mfalcon": MFalconRanker(ranker)}
+    if set(names) & set(_RECORDED):
+        scorers["graphs"] = MFalconRanker(ranker, cuda_graphs=True)
+    if "cached-eager" in names:
+        plain = HSTURanker(replace(ranker.config, backend=Backend.EAGER), ranker.ranking)
+        plain.to(request.history.values).load_state_dict(ranker.state_dict())
+        scorers["cached-eager"] = MFalconRanker(plain.eval())
+    count = request.candidates.values.shape[0]
 
     def full(asked: Request) -> Tensor:
         scores: Tensor = ranker(with_targets(asked.history, asked.candidates))
         return scores
 
     def naive(asked: Request) -> Tensor:
-        count = asked.candidates.values.shape[0]
         return torch.cat([full(_part(asked, begin, min(begin + size, count))) for begin in range(0, count, size)])
 
-    made: dict[str, Way] = {
-        "naive": naive,
-        "full": full,
-        "mfalcon": lambda asked: plain.score(asked.history, asked.candidates),
-        "cached": lambda asked: plain.score_cached(cache, [0], asked.candidates),
-    }
-    if "graphs" in names:
-        graphs = MFalconRanker(ranker, micro_batch_size=size, cuda_graphs=True)
-        made["graphs"] = lambda asked: graphs.score_cached(cache, [0], asked.candidates)
-    return {name: made[name] for name in names}
+    def prefill(asked: Request) -> Tensor:
+        encoded: Tensor = ranker.prefill(asked.history)[-1].k[:0]
+        return encoded
+
+    def cached(scorer: MFalconRanker) -> Way:
+        cache = scorer.new_cache()
+        scorer.prefill(cache, [0], request.history)
+        return lambda asked: scorer.score_cached(cache, [0], asked.candidates)
+
+    made: dict[str, Way] = {}
+    sizes = {}
+    for name in names:
+        scorer = scorers["graphs" if name in _RECORDED else name if name in scorers else "mfalcon"]
+        sizes[name] = {"naive": size, "full": count, "prefill": 0}.get(name, scorer.micro_batch_size)
+        if name in _CACHED:
+            made[name] = cached(scorer)
+        elif name in ("mfalcon", "mfalcon-graphs"):
+            made[name] = lambda asked, scorer=scorer: scorer.score(asked.history, asked.candidates)  # type: ignore[misc]
+        else:
+            made[name] = {"naive": naive, "full": full, "prefill": prefill}[name]
+    return made, sizes
 
 
 def check(ways: dict[str, Way], ranker: HSTURanker, request: Request, tolerance: float) -> dict[str, float]:
@@ -200,6 +221,8 @@ def check(ways: dict[str, Way], ranker: HSTURanker, request: Request, tolerance:
     with torch.no_grad():
         truth = ranker(with_targets(request.history, request.candidates)).double()
         for name, way in ways.items():
+            if name == "prefill":
+                continue
             errors[name] = float((way(request).double() - truth).abs().max() / truth.abs().max())
             # Written so that NaN fails.
             if not errors[name] <= tolerance:
@@ -209,13 +232,13 @@ def check(ways: dict[str, Way], ranker: HSTURanker, request: Request, tolerance:
 
 @torch.no_grad()
 def measure(
-    way: Way, request: Request, device: torch.device, *, transfers: bool, seconds: float
+    name: str, way: Way, request: Request, device: torch.device, *, transfers: bool, seconds: float
 ) -> dict[str, float | int]:
     """Latencies of single requests, one after another; with ``transfers`` from host memory to scores on the host."""
 
     def once() -> float:
         begin = time.perf_counter()
-        scores = way(request.moved() if transfers else request)
+        scores = way(request.moved(with_history=name not in _CACHED) if transfers else request)
         if transfers:
             scores = scores.cpu()
         synchronize(device)
@@ -238,8 +261,10 @@ def measure(
 def gigaflops(config: HSTUConfig, way: str, length: int, count: int, size: int) -> float:
     """Operations of one request in the encoder, by exact visible pairs."""
     history, candidates = torch.tensor([length]), torch.tensor([count])
-    if way in ("cached", "graphs"):
+    if way in _CACHED:
         flops = decode_flops(config, history, candidates)
+    elif way == "prefill":
+        flops = prefill_flops(config, history)
     else:
         flops = scoring_flops(config, history, candidates, micro_batch_size=size if way == "naive" else None)
     return float(flops.total.sum()) / 1e9
@@ -271,7 +296,7 @@ def draw(rows: list[dict[str, str]], output: Path) -> None:
     figure = Figure(figsize=(3.6 * len(lengths), 3.4), layout="constrained")
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for panel, length in zip(panels, lengths, strict=True):
-        for way in WAYS:
+        for way in (way for way in WAYS if way != "prefill"):
             found = ((n, r) for (h, w, n), r in newest.items() if (h, w) == (length, way))
             points = sorted((n, float(r["candidates_per_s"])) for n, r in found)
             if points:

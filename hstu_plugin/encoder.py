@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hstu_kernels import AttentionPlan, LayerKV, next_event_timestamps, plan_attention
+from hstu_kernels import AttentionPlan, Backend, LayerKV, next_event_timestamps, plan_attention
+from hstu_kernels.gated_norm.api import resolved_backend
 from hstu_plugin._versions import check_versions
 from hstu_plugin.config import HSTUConfig, RowTime
 from hstu_plugin.layer import HSTULayer
@@ -56,7 +57,7 @@ class HSTUEncoder(nn.Module):
         Raises:
             ValueError: timestamps are missing or do not fit.
         """
-        self._check_times(seq)
+        self.check_times(seq)
         asked_at = self._row_timestamps(seq, request_timestamps)
         rows = self._run(self.first_layers, seq, asked_at)
         return self._run(self.last_layers, *self._truncate(rows, asked_at)) if self.config.truncates else rows
@@ -76,7 +77,7 @@ class HSTUEncoder(nn.Module):
         """As `prefill`, with what it takes to append events later (`extend`, `finish`)."""
         if seq.layout.num_targets is not None:
             raise ValueError("seq: expected histories without targets; take seq.history() first")
-        self._check_times(seq)
+        self.check_times(seq)
         asked_at = self._row_timestamps(seq, request_timestamps)
         rows, cache = self._prefill(self.first_layers, seq, asked_at)
         if not self.config.truncates:
@@ -95,7 +96,7 @@ class HSTUEncoder(nn.Module):
         Returns:
             outputs, and keys and values, of the new rows alone.
         """
-        self._check_times(new)
+        self.check_times(new)
         times, asked_at = self._key_times(new), self._row_timestamps(new, None)
         fresh = []
         for layer, kv in zip(self.first_layers, cache, strict=True):
@@ -125,10 +126,13 @@ class HSTUEncoder(nn.Module):
         """
         if len(cache) != len(self.layers):
             raise ValueError(f"cache: expected one entry for each of {len(self.layers)} layers, got {len(cache)}")
-        self._check_times(targets)
-        x = targets.values
+        self.check_times(targets)
+        x, checked = targets.values, None
+        fused = resolved_backend(x, self.config.backend) is Backend.TRITON
         for layer, kv in zip(self._stack(), cache, strict=True):
-            x = layer.decode(x, targets.layout, targets.timestamps, kv)
+            # The layers of a stretch share a layout, and checking it waits for the device.
+            decode = layer.decode_static if fused and kv.layout is checked else layer.decode
+            x, checked = decode(x, targets.layout, targets.timestamps, kv), kv.layout
         return targets.with_values(x)
 
     @property
@@ -192,7 +196,8 @@ class HSTUEncoder(nn.Module):
         filled = seq.layout.history_lengths > 0
         return rows.index_copy(0, seq.last_history_rows()[filled], request_timestamps[filled])
 
-    def _check_times(self, seq: JaggedSequence) -> None:
+    def check_times(self, seq: JaggedSequence) -> None:
+        """Raise ``ValueError`` where the config has a time bias and ``seq`` has no times."""
         if self.config.time_bias and seq.timestamps is None:
             raise ValueError(
                 "timestamps: the model has a time bias but the sequence has no timestamps; give int64 seconds, or "

@@ -140,6 +140,16 @@ class KVPages:
             if slab.times is not None and times is not None:
                 slab.times.index_copy_(0, here, times[pick])
 
+    def read_pages(self, pages: Sequence[int], count: int) -> Rows | None:
+        """The first ``count`` rows of ``pages`` as views, where the pages lie side by side; otherwise ``None``."""
+        first = pages[0] if pages else 0
+        slab, page = divmod(first, self.slab_pages)
+        if not count or list(pages) != list(range(first, first + len(pages))):
+            return None
+        if page + len(pages) > self.slab_pages:
+            return None
+        return _part(self._slabs[slab], page * self.page_size, count)
+
     def read(self, rows: Tensor) -> Rows:
         """The content of ``rows [R]``: a view where they lie side by side, otherwise a copy. Not to be written to."""
         count, shape = rows.numel(), self.shape
@@ -148,8 +158,7 @@ class KVPages:
             slab, here, _ = parts[0]
             first = int(rows[0]) % (self.slab_pages * self.page_size)
             if bool((rows.diff() == 1).all()):
-                times = None if slab.times is None else slab.times[first : first + count]
-                return Rows(slab.k[:, first : first + count], slab.v[:, first : first + count], times)
+                return _part(slab, first, count)
             times = None if slab.times is None else slab.times[here]
             return Rows(slab.k.index_select(1, here), slab.v.index_select(1, here), times)
         out = self._rows(count)
@@ -202,3 +211,8 @@ class KVPages:
 
         times = torch.empty(count, dtype=torch.int64, device=shape.device) if shape.timed else None
         return Rows(room(shape.qk_dim), room(shape.v_dim), times)
+
+
+def _part(slab: Rows, first: int, count: int) -> Rows:
+    rows = slice(first, first + count)
+    return Rows(slab.k[:, rows], slab.v[:, rows], None if slab.times is None else slab.times[rows])

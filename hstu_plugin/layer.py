@@ -20,6 +20,7 @@ from hstu_kernels import (
     hstu_target_attention,
     norm_linear_silu,
 )
+from hstu_kernels.attention.static import static_target_attention
 from hstu_kernels.dropout import dropout
 from hstu_kernels.gated_norm.api import resolved_backend
 from hstu_plugin.config import HSTUConfig, Recompute, Variant
@@ -119,6 +120,26 @@ class HSTULayer(nn.Module):
             scale=self.config.attn_scale,
             bias=self.bias(cache.timestamps, request_timestamps),
             backend=self.config.backend,
+        )
+        return self._gate(x, u, attended)
+
+    def decode_static(
+        self, x: Tensor, layout: JaggedLayout, request_timestamps: Tensor | None, cache: LayerKV
+    ) -> Tensor:
+        """As `decode`, over buffers that may be longer than what is in them; nothing is checked, no device is asked."""
+        config = self.config
+        u, v, q, k = self._project(x)
+        attended = static_target_attention(
+            q,
+            k,
+            v,
+            cache,
+            layout,
+            config.mask,
+            alpha=config.alpha,
+            scale=config.attn_scale,
+            bias=self.bias(cache.timestamps, request_timestamps),
+            backend=resolved_backend(q.flatten(1), config.backend),
         )
         return self._gate(x, u, attended)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,10 @@ from hstu_kernels import JaggedLayout
 from hstu_plugin.appending import append_history, check_can_append, read_history, store_history
 from hstu_plugin.embedding import SequenceEmbedding
 from hstu_plugin.encoder import KVCache
-from hstu_plugin.graph_scoring import GraphScorer, capacity_for
+from hstu_plugin.graph_scoring import GraphScorer
 from hstu_plugin.kv_cache import ChannelCache, HistoryCache, User
 from hstu_plugin.kv_pages import KVPages, KVShape
-from hstu_plugin.micro_batches import continued_places, micro_batches, users_of
+from hstu_plugin.micro_batches import auto_size, continued_places, micro_batches, users_of
 from hstu_plugin.ranker import HSTURanker
 from hstu_plugin.sequence import JaggedSequence
 from hstu_plugin.ultra.mixture import MixtureRanker, Transducer
@@ -32,18 +33,28 @@ class MFalconRanker:
 
     Args:
         ranker: in evaluation mode.
-        micro_batch_size: candidates, over all users, that go through the layers at once; bounds the memory.
-        cuda_graphs: replay recorded launches, user by user in micro-batches of exactly this size; meant for small
-            micro-batches and few users. Needs a ranker on a GPU, which must stay there.
+        micro_batch_size: candidates, over all users, that go through the layers at once; bounds the memory. ``"auto"``
+            takes as many as a part of the free memory holds. Scores do not depend on it.
+        cuda_graphs: replay recorded launches, one for each micro-batch. They are recorded when a size is first met, for
+            numbers of candidates, users and history rows that are rounded up. Needs a ranker on a GPU, which must
+            stay there; with ``backend="triton"`` the graphs hold its kernels, otherwise dense products of all
+            candidates of a micro-batch with all its histories.
 
     Raises:
         TypeError: the ranker is neither, or its tokens may depend on the request.
-        ValueError: the size is no number >= 1, or graphs are asked for without a GPU.
+        ValueError: the size is neither a number >= 1 nor ``"auto"``, or graphs are asked for without a GPU.
     """
 
-    def __init__(self, ranker: HSTURanker | MixtureRanker, *, micro_batch_size: int, cuda_graphs: bool = False) -> None:
-        if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int) or micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size: expected an int >= 1, got {micro_batch_size!r}")
+    def __init__(
+        self,
+        ranker: HSTURanker | MixtureRanker,
+        *,
+        micro_batch_size: int | Literal["auto"] = "auto",
+        cuda_graphs: bool = False,
+    ) -> None:
+        given = micro_batch_size
+        if given != "auto" and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+            raise ValueError(f"micro_batch_size: expected an int >= 1 or 'auto', got {given!r}")
         transducers: dict[str, HSTURanker | Transducer]
         if isinstance(ranker, HSTURanker):
             transducers = {_ONLY: ranker}
@@ -59,16 +70,23 @@ class MFalconRanker:
                     "cached keys and values wrong. Time differences belong in the time bias, which reads the request "
                     "time of each candidate"
                 )
-        self.ranker, self.micro_batch_size = ranker, micro_batch_size
+        self.ranker = ranker
         self._transducers = transducers
         self._head: nn.Module = ranker.head
-        device = next(ranker.parameters()).device
+        weight = next(ranker.parameters())
+        if isinstance(given, str):
+            given = auto_size((t.config for t in transducers.values()), weight)
+        self.micro_batch_size: int = given
+        device = weight.device
         if cuda_graphs and device.type != "cuda":
             raise ValueError(
                 f"cuda_graphs: expected a ranker on a CUDA device, got one on {device}; leave it False here"
             )
         self.cuda_graphs = cuda_graphs
-        self._graphs: dict[tuple[int, ...], GraphScorer] = {}
+        self._graphs: GraphScorer | None = None
+        if cuda_graphs:
+            size = self.micro_batch_size
+            self._graphs = GraphScorer(transducers, ranker.head, micro_batch_size=size, capture=True)
 
     @torch.no_grad()
     def score(self, history: Histories, candidates: JaggedSequence) -> Tensor:
@@ -202,51 +220,30 @@ class MFalconRanker:
             if have != layout.batch_size:
                 where = f" in channel {name!r}" if name else ""
                 raise ValueError(f"candidates: expected {have} sequences as histories{where}, got {layout.batch_size}")
-        if self.cuda_graphs and candidates.values.shape[0]:
-            return self._score_by_graph(caches, candidates)
-        rows = []
-        for part in micro_batches(layout.seq_offsets.tolist(), self.micro_batch_size):
+        parts = micro_batches(layout.seq_offsets.tolist(), self.micro_batch_size)
+        rows: list[Tensor] = []
+        users: tuple[int, int] | None = None
+        own: Mapping[str, KVCache] = caches
+        for part in parts:
+            same, users = users == (part.user, part.user_end), (part.user, part.user_end)
+            if not same:
+                own = {name: users_of(cache, *users) for name, cache in caches.items()}
+            values = candidates.values[part.first : part.last]
             times = None if candidates.timestamps is None else candidates.timestamps[part.first : part.last]
-            targets = JaggedSequence(
-                candidates.values[part.first : part.last],
-                JaggedLayout.from_counts(part.counts, device=layout.device),
-                times,
-            )
-            rows.append(self._decode(targets, {n: users_of(c, part.user, part.user_end) for n, c in caches.items()}))
+            # A graph reads its counts from buffers of its own.
+            device = layout.device if self._graphs is None else "cpu"
+            targets = JaggedSequence(values, JaggedLayout.from_counts(part.counts, device=device), times)
+            if self._graphs is None:
+                rows.append(self._decode(targets, own))
+            else:
+                for transducer in self._transducers.values():
+                    transducer.encoder.check_times(targets)
+                rows.append(self._graphs.score(own, targets, part.counts, loaded=same))
         if rows:
             return torch.cat(rows)
         width = sum(t.config.embedding_dim for t in self._transducers.values())
         empty: Tensor = self._head(candidates.values.new_zeros(0, width))
         return empty
-
-    def _score_by_graph(self, caches: Mapping[str, KVCache], candidates: JaggedSequence) -> Tensor:
-        offsets = candidates.layout.seq_offsets.tolist()
-        rows = []
-        for user in range(candidates.layout.batch_size):
-            first, last = offsets[user], offsets[user + 1]
-            if first == last:
-                continue
-            own = {name: users_of(cache, user, user + 1) for name, cache in caches.items()}
-            times = None if candidates.timestamps is None else candidates.timestamps[first:last]
-            layout = JaggedLayout(candidates.layout.seq_offsets[user : user + 2] - first, last - first)
-            rows.append(self._graph(own).score(own, JaggedSequence(candidates.values[first:last], layout, times)))
-        return torch.cat(rows)
-
-    def _graph(self, caches: Mapping[str, KVCache]) -> GraphScorer:
-        """One for each capacity and number of contextual rows, recorded when first needed."""
-        capacity = {name: capacity_for(cache[0].k.shape[0]) for name, cache in caches.items()}
-        context = next(iter(caches.values()))[0].layout.contextual_seq_len
-        key = (context, *capacity.values())
-        if key not in self._graphs:
-            self._graphs[key] = GraphScorer(
-                self._transducers,
-                self._head,
-                micro_batch_size=self.micro_batch_size,
-                capacity=capacity,
-                contextual_seq_len=context,
-                capture=True,
-            )
-        return self._graphs[key]
 
     def _decode(self, targets: JaggedSequence, caches: Mapping[str, KVCache]) -> Tensor:
         rows = []

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hstu_kernels import JaggedLayout, LayerKV
+from hstu_kernels import Backend, JaggedLayout, LayerKV
+from hstu_plugin.config import HSTUConfig
 from hstu_plugin.encoder import KVCache
 from hstu_plugin.sequence import JaggedSequence
+
+_FEWEST, _MOST = 256, 65536
+_CPU_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,28 @@ def micro_batches(offsets: Sequence[int], size: int) -> Iterator[MicroBatch]:
         user, user_end = bisect_right(offsets, first) - 1, bisect_left(offsets, last)
         counts = (min(offsets[u + 1], last) - max(offsets[u], first) for u in range(user, user_end))
         yield MicroBatch(first, last, user, user_end, tuple(counts))
+
+
+def auto_size(configs: Iterable[HSTUConfig], weight: Tensor) -> int:
+    """Candidates of a micro-batch that take a tenth of the memory that is free now, in layers of ``weight``'s kind.
+
+    A power of two from 256 to 65536: large ones cost fewer launches, and beyond some thousands nothing is gained.
+    """
+    free = _CPU_BYTES
+    if weight.is_cuda:
+        free = torch.cuda.mem_get_info(weight.device)[0] // 10
+    row = max(_row_nbytes(config, weight.element_size()) for config in configs)
+    return 1 << min(max(free // row, _FEWEST), _MOST).bit_length() - 1
+
+
+def _row_nbytes(config: HSTUConfig, itemsize: int) -> int:
+    """What a candidate holds at most at once: rows of a layer, and sums or logits of its attention."""
+    heads, qk, uv = config.num_heads, config.attention_dim, config.linear_dim
+    rows = 4 * config.embedding_dim + 4 * heads * (qk + uv) + 5 * heads * uv
+    fused = config.backend is Backend.TRITON
+    # float32 sums of each stretch of 2048 keys, or all logits three times.
+    attention = heads * uv * 4 * -(-config.max_seq_len // 2048) if fused else 3 * heads * config.max_seq_len * itemsize
+    return rows * itemsize + attention
 
 
 def users_of(cache: KVCache, first: int, last: int) -> KVCache:

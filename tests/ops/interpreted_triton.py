@@ -239,11 +239,15 @@ TARGET_MASKS = {
 }
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 3], ids=lambda n: f"micro-batch-{n or 'all'}")
+@pytest.mark.parametrize(("micro_batch_size", "split_rows", "together"), [(None, 16, True), (3, 32, False)])
 @pytest.mark.parametrize("name", TARGET_MASKS)
 @pytest.mark.parametrize("case", TARGET_CASES, ids=str)
-def test_cached_targets_equal_the_oracle(case: AttentionCase, name: str, micro_batch_size: int | None) -> None:
+def test_cached_targets_equal_the_oracle(
+    case: AttentionCase, name: str, micro_batch_size: int | None, split_rows: int, together: bool
+) -> None:
     inputs = make_inputs(replace(case, mask=TARGET_MASKS[name] or case.mask), torch.float32)
+    if together:
+        inputs = asked_at_once(inputs)
     options = {"alpha": inputs.alpha, "scale": inputs.scale}
     for part in split_targets(inputs, micro_batch_size):
         with poisoned_empty():
@@ -257,6 +261,7 @@ def test_cached_targets_equal_the_oracle(case: AttentionCase, name: str, micro_b
                 **options,
                 bias=part.bias,
                 tile=SMALL.forward,
+                split_rows=split_rows,
             )
         expected = hstu_target_attention(
             part.q,
@@ -270,6 +275,18 @@ def test_cached_targets_equal_the_oracle(case: AttentionCase, name: str, micro_b
             backend="reference",
         )
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def asked_at_once(inputs: AttentionInputs) -> AttentionInputs:
+    """All targets ask at the time of the batch's first one."""
+    bias, layout, total = inputs.bias, inputs.layout, inputs.q.shape[0]
+    if bias is None or bias.timestamps is None:
+        return inputs
+    targets = layout.row_indices(total) >= layout.history_ends(total)
+    first = bias.timestamps[targets.nonzero()[:1]].sum()
+    times = torch.where(targets, first, bias.timestamps)
+    asked = None if bias.row_timestamps is None else torch.where(targets, first, bias.row_timestamps)
+    return replace(inputs, bias=replace(bias, timestamps=times, row_timestamps=asked))
 
 
 def test_cached_targets_through_the_door() -> None:

@@ -87,6 +87,34 @@ def test_cached_targets_stay_in_the_budget(case: AttentionCase, micro_batch_size
         assert float((got.double() - expected).abs().max()) <= 2 * budget + 1e-12
 
 
+@pytest.mark.parametrize("one_time", [False, True], ids=["own-times", "one-time"])
+def test_cached_targets_of_long_histories(one_time: bool) -> None:
+    """Histories of several stretches, and of none and one beside them."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    case = AttentionCase(
+        name="long", lengths=(5000, 90, 2100, 40), num_targets=(200, 0, 40, 40), heads=2, qk_dim=64, v_dim=64
+    )
+    inputs = make_inputs(case, torch.float64, device="cuda")
+    if one_time:
+        assert inputs.bias is not None and inputs.bias.timestamps is not None
+        total = inputs.q.shape[0]
+        times = torch.full_like(inputs.bias.timestamps, int(inputs.bias.timestamps.max()))
+        targets = inputs.layout.row_indices(total) >= inputs.layout.history_ends(total)
+        times = torch.where(targets, times, inputs.bias.timestamps)
+        inputs = replace(inputs, bias=replace(inputs.bias, timestamps=times))
+    (exact,), (part,) = split_targets(inputs), split_targets(inputs.to(torch.bfloat16))
+
+    def attend(part=part, backend="triton"):  # type: ignore[no-untyped-def]
+        rest = {"alpha": inputs.alpha, "scale": inputs.scale, "bias": part.bias, "backend": backend}
+        return hstu_target_attention(part.q, part.k, part.v, part.cache, part.layout, inputs.mask, **rest)
+
+    expected = attend(exact, backend="reference")
+    budget = float((attend(backend="eager").double() - expected).abs().max())
+    with poisoned_empty():
+        got = attend()
+    assert float((got.double() - expected).abs().max()) <= 2 * budget + 1e-12
+
+
 @pytest.mark.parametrize("name", ["targets", "no-bias"])
 def test_nothing_waits_for_the_device(name: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -11,6 +11,7 @@ import torch
 from hstu_kernels import AttentionMask, JaggedLayout
 from hstu_plugin.embedding import SequenceEmbedding
 from hstu_plugin.mfalcon import MFalconRanker
+from hstu_plugin.micro_batches import auto_size
 from hstu_plugin.sequence import JaggedSequence
 
 from .mfalcon_cases import (
@@ -22,6 +23,7 @@ from .mfalcon_cases import (
     Histories,
     each,
     full_scores,
+    make_config,
     make_histories,
     make_ranker,
     make_sequence,
@@ -33,6 +35,7 @@ from .mfalcon_cases import (
 LENGTHS, COUNTS = (20, 5, 0, CONTEXT, 11), (7, 0, 0, 2, 12)
 # Where there are contextual rows, a user without any has no candidates; without them there may be some.
 ANYWHERE = (7, 0, 3, 2, 12)
+SIZES = [(200, "triton"), (16384, "triton"), (200, "eager"), (16384, "eager")]
 any_kind = pytest.mark.parametrize("kind", [*KINDS, MIXTURE])
 
 
@@ -281,10 +284,19 @@ def test_half_precision_stays_near_double() -> None:
         assert float((got.double() - truth).abs().max()) <= budget
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, "many"])
 def test_micro_batch_size_is_checked(size: Any) -> None:
     with pytest.raises(ValueError, match=r"^micro_batch_size: expected an int >= 1"):
         MFalconRanker(make_ranker("plain"), micro_batch_size=size)
+
+
+def test_the_automatic_size_follows_the_memory() -> None:
+    ranker = make_ranker("plain")
+    assert MFalconRanker(ranker).micro_batch_size == 65536
+    configs = [make_config("plain", embedding_dim=512, max_seq_len=n, backend=b) for n, b in SIZES]
+    weight = torch.zeros(1, dtype=torch.bfloat16)
+    assert [auto_size([config], weight) for config in configs] == [16384, 8192, 16384, 2048]
+    assert auto_size(configs, weight) == 2048
 
 
 def test_other_models_are_refused() -> None:

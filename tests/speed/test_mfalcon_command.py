@@ -22,16 +22,17 @@ def test_run_records_every_way_and_chart_draws(tmp_path: Path, model: str) -> No
     done = CliRunner().invoke(mfalcon.main, ["run", *TINY, "--model", model, "--output", str(path), "--commit", "abc"])
     assert done.exit_code == 0, done.output
     rows = read(path, mfalcon.COLUMNS)
-    assert len(rows) == 2 * 2 * 4 * 2
-    assert {row["way"] for row in rows} == {"naive", "full", "mfalcon", "cached"}
+    assert len(rows) == 2 * 2 * 6 * 2
+    assert {row["way"] for row in rows} == {"naive", "full", "prefill", "mfalcon", "cached-eager", "cached"}
     for row in rows:
         assert (row["commit"], row["model"]) == ("abc", model)
         assert 0 < float(row["p50_ms"]) <= float(row["p99_ms"])
         assert float(row["candidates_per_s"]) > 0
-        assert float(row["relative_error"]) < 1e-10
+        assert (row["relative_error"] == "") if row["way"] == "prefill" else (float(row["relative_error"]) < 1e-10)
     work = {row["way"]: float(row["gflops"]) for row in rows if (row["history"], row["candidates"]) == ("40", "9")}
     assert work["naive"] > 2 * work["mfalcon"]
     assert work["cached"] < work["mfalcon"] == work["full"]
+    assert work["prefill"] + work["cached"] == pytest.approx(work["full"], rel=1e-5)
     drawn = CliRunner().invoke(
         mfalcon.main, ["chart", "--input", str(path), "--output", str(picture), "--model", model, "--transfers"]
     )

@@ -71,13 +71,23 @@ def test_no_side_sees_the_future(name: str) -> None:
     assert float((before[:, 5:] - after[:, 5:]).detach().abs().amax(-1).min()) > 0
 
 
-def test_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_command(tmp_path: Path, jobs: str) -> None:
     path = tmp_path / "streaming.json"
     words = ["--records", "200", "--items", "100", "--length", "12", "--dim", "8", "--batch-size", "16"]
-    done = CliRunner().invoke(streaming.main, [*words, "--seed", "1", "--device", "cpu", "--output", str(path)])
+    words += ["--learning-rate", "1e-9", "--learning-rate", "1e-2", "--tuning-records", "100", "--jobs", jobs]
+    words += ["--seed", "1", "--seed", "2", "--device", "cpu", "--output", str(path)]
+    done = CliRunner().invoke(streaming.main, words)
     assert done.exit_code == 0, done.output
     report = json.loads(path.read_text(encoding="utf-8"))
-    assert [run["model"] for run in report["runs"]] == list(streaming.MODELS)
+    assert [run["model"] for run in report["runs"]] == [*streaming.MODELS, *streaming.MODELS]
+    assert {run["records"] for run in report["runs"]} == {200}
+    assert [(run["model"], run["records"]) for run in report["tuning"]] == [(m, 100) for m in streaming.MODELS] * 2
+    for name, rate in report["learning_rates"].items():
+        tried = [run for run in report["tuning"] if run["model"] == name]
+        assert rate == max(tried, key=lambda run: run["hr@50"])["learning_rate"]
+        assert {run["learning_rate"] for run in report["runs"] if run["model"] == name} == {rate}
+    assert set(report["summary"]) == set(streaming.MODELS)
     for run in report["runs"]:
         assert 0 <= run["hr@10"] <= run["hr@50"] <= 1
         assert run["last_loss"] > 0

@@ -9,12 +9,18 @@ from torch import Tensor
 
 from hstu_kernels.attention.triton.arguments import Tables, addressable, panels, shape_of
 from hstu_kernels.attention.triton.schedule import device_boundaries
-from hstu_kernels.attention.triton.target import hstu_target_kernel
-from hstu_kernels.attention.triton.tiles import Tile, float32_precision, tile_set, unpipelined
+from hstu_kernels.attention.triton.target import hstu_target_bias_kernel, hstu_target_kernel, hstu_target_sum_kernel
+from hstu_kernels.attention.triton.tiles import Tile, float32_precision, tile_set
 from hstu_kernels.bias import RelativeBias
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
 from hstu_kernels.triton.launcher import Variant
+
+# Keys of a stretch: a program goes through one at most. Never chosen by the batch: a number may not depend on others.
+SPLIT_ROWS = 2048
+_BIAS_BLOCK = 256
+_SUM_ROWS, _SUM_COLUMNS = 8, 256
+_tile_set = functools.lru_cache(maxsize=64)(tile_set)
 
 
 def triton_target_attention(
@@ -29,13 +35,18 @@ def triton_target_attention(
     scale: float,
     bias: RelativeBias | None,
     tile: Tile | None = None,
+    split_rows: int = SPLIT_ROWS,
 ) -> Tensor:
-    """Arguments and result as `hstu_kernels.hstu_target_attention`, without autograd; ``tile`` for tests."""
+    """Arguments and result as `hstu_kernels.hstu_target_attention`, without autograd.
+
+    ``layout`` may end before ``T`` and ``cache.layout`` before the cache's rows: what lies behind is not touched, and
+    the rows of the result there hold anything. ``tile`` and ``split_rows`` for tests.
+    """
     pos_table = None if bias is None else bias.pos_table
     time_table = None if bias is None else bias.time_table
     biased = pos_table is not None or time_table is not None
     rows, heads, qk_dim = q.shape
-    tile = _tile(qk_dim, v.shape[2], q.dtype, biased, tile)
+    tile = tile or _tile_set(qk_dim, v.shape[2], q.dtype, biased=biased).forward
     row_times = key_times = bounds = None
     if bias is not None and bias.time_table is not None:
         assert bias.row_timestamps is not None and bias.timestamps is not None
@@ -51,12 +62,11 @@ def triton_target_attention(
         inputs.append(x)
         strides += (row, head)
     described = panels((inputs[3], inputs[4]), tile.block_n)
-    kernel = _variant(
+    facts = (
         heads,
         qk_dim,
         v.shape[2],
         q.dtype,
-        mask,
         cache.layout.contextual_seq_len,
         -1 if pos_table is None else (pos_table.numel() - 1) // 2,
         -1 if time_table is None else time_table.numel() - 1,
@@ -64,38 +74,39 @@ def triton_target_attention(
         tile,
         described is not None,
     )
-    slots = rows // tile.block_m + layout.batch_size
-    kernel(
-        slots * heads,
-        (
-            *inputs,
-            out,
-            *(described or (None, None)),
-            *_in_float32(pos_table, time_table),
-            bounds,
-            row_times,
-            key_times,
-            layout.seq_offsets,
-            cache.layout.seq_offsets,
-        ),
-        (layout.batch_size, *strides, float(alpha), float(scale)),
+    batch, cached = layout.batch_size, cache.k.shape[0]
+    offsets = (layout.seq_offsets, cache.layout.seq_offsets)
+    bias_arrays = (*_in_float32(pos_table, time_table), bounds, row_times, key_times)
+    rab = None
+    if biased:
+        rab = torch.empty(cached, dtype=torch.float32, device=q.device)
+        _variant("bias", None, split_rows, *facts)(
+            cached // _BIAS_BLOCK + batch, (rab, *bias_arrays, *offsets), (batch,)
+        )
+    splits = max(1, -(-min(cache.layout.max_seq_len, cached) // split_rows))
+    sums = None if splits == 1 else torch.empty(splits, *v.shape, dtype=torch.float32, device=v.device)
+    slots = rows // tile.block_m + batch
+    _variant("target", mask, split_rows, *facts)(
+        splits * slots * heads,
+        (*inputs, out, sums, *(described or (None, None)), rab, *bias_arrays, *offsets),
+        (batch, slots, rows, *strides, float(alpha), float(scale)),
     )
+    if sums is not None:
+        width = heads * v.shape[2]
+        programs = (rows // _SUM_ROWS + batch) * -(-width // _SUM_COLUMNS)
+        _adder(width, split_rows)(programs, (sums, out, *offsets), (batch, rows, float(scale)))
     return out
-
-
-@functools.lru_cache(maxsize=64)
-def _tile(qk_dim: int, v_dim: int, dtype: torch.dtype, biased: bool, chosen: Tile | None) -> Tile:
-    tile = chosen or tile_set(qk_dim, v_dim, dtype, biased=biased).forward
-    return unpipelined(tile) if biased else tile
 
 
 @functools.lru_cache(maxsize=512)
 def _variant(
+    role: str,
+    mask: AttentionMask | None,
+    split_rows: int,
     heads: int,
     qk_dim: int,
     v_dim: int,
     dtype: torch.dtype,
-    mask: AttentionMask,
     contextual: int,
     reach: int,
     buckets: int,
@@ -104,7 +115,17 @@ def _variant(
     descriptors: bool,
 ) -> Variant:
     shape = shape_of(heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, tile, descriptors)
-    return Variant(hstu_target_kernel, SHAPE=shape, MASK=mask, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    if role == "bias":
+        return Variant(hstu_target_bias_kernel, SHAPE=shape, BLOCK=_BIAS_BLOCK, num_warps=4)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    constants = {"SHAPE": shape, "MASK": mask, "SPLIT_ROWS": split_rows, "STAGES": tile.num_stages}
+    return Variant(hstu_target_kernel, **constants, **options)
+
+
+@functools.lru_cache(maxsize=64)
+def _adder(width: int, split_rows: int) -> Variant:
+    blocks = {"BLOCK_M": _SUM_ROWS, "BLOCK_W": _SUM_COLUMNS}
+    return Variant(hstu_target_sum_kernel, WIDTH=width, **blocks, SPLIT_ROWS=split_rows, num_warps=4)
 
 
 def _in_float32(pos_table: Tensor | None, time_table: Tensor | None) -> Tables:
