@@ -17,7 +17,7 @@ import torch
 Call = Callable[[], object]
 
 FEWEST, MOST = 11, 400
-_HOST_CALLS = 64
+_FEWEST_HOST_CALLS, _HOST_CALLS = 4, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +93,19 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def host_microseconds(calls: Sequence[Call], device: torch.device) -> float:
-    """Median time after which a call returns to its caller, with room in the launch queue."""
+def host_microseconds(calls: Sequence[Call], device: torch.device, *, seconds: float = 1.0) -> float:
+    """Median time after which a call returns to its caller, with room in the launch queue; over about ``seconds``."""
     for call in calls:
         call()
     synchronize(device)
-    costs = []
+    costs: list[float] = []
+    begin = time.perf_counter()
     for call in islice(cycle(calls), _HOST_CALLS):
         costs.append(_host_milliseconds(call))
-        if len(costs) % 16 == 0:
+        if len(costs) % _FEWEST_HOST_CALLS == 0:
             synchronize(device)
+            if time.perf_counter() - begin > seconds:
+                break
     synchronize(device)
     return statistics.median(costs) * 1e3
 

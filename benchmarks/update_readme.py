@@ -17,9 +17,9 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.attention.compare import newest
 from benchmarks.attention.measure import BACKWARD, CALL, FORWARD
 from benchmarks.attention.measure import COLUMNS as ATTENTION_COLUMNS
-from benchmarks.attention.report import newest
 from benchmarks.ledger import read
 from hstu_plugin._versions import version_table
 from hstu_plugin.adapters.ranking import report as ranking

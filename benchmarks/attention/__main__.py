@@ -1,16 +1,19 @@
 """``python -m benchmarks.attention``: check, time, record, report.
 
-    run         our kernels
+    run         our kernels, and those named by --against in the same run
     baselines   plain PyTorch compiled, softmax attention, public HSTU kernels that are installed
-    report      tables and charts from the recorded rows
+    check       correctness alone
+    report      tables, charts, and what must be reached beside what was recorded
 
-``run`` and ``baselines`` first check every chosen case against float64 and record nothing if one is wrong.
+``run`` and ``baselines`` first check every chosen case against float64. What is wrong is not timed, and if it is ours
+nothing is.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +33,36 @@ from hstu_kernels import UnsupportedBackend
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LEDGER = RESULTS / "attention.csv"
+LAYERS = RESULTS / "layer.csv"
 _PATH = click.Path(path_type=Path, dir_okay=False)
 
 
 def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What ``run`` and ``baselines`` share."""
+    """What all commands that compute share: the cases and where they run."""
     options = [
         click.option("--group", "groups", multiple=True, type=click.Choice(GROUPS), help="Default: all. Repeatable."),
         click.option("--case", "pattern", help="Only cases whose name contains this."),
-        click.option("--direction", type=click.Choice(["both", FORWARD, BACKWARD]), default="both", show_default=True),
         click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True),
         click.option("--device", default=None, help="Default: cuda where there is one, else cpu."),
-        click.option("--seconds", default=0.3, show_default=True, help="Aim for each measurement."),
         click.option("--tiny", "small", is_flag=True, help="Cut every case down to a few rows, to try the command."),
+    ]
+    return _with(command, options)
+
+
+def _time_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What ``run`` and ``baselines`` share: how long to measure, and what to record."""
+    options = [
+        click.option("--direction", type=click.Choice(["both", FORWARD, BACKWARD]), default="both", show_default=True),
+        click.option("--seconds", default=0.3, show_default=True, help="Aim for each measurement."),
         click.option("--output", type=_PATH, default=LEDGER, show_default=True, help="CSV to append to."),
         click.option("--commit", help="To record. Default: that of this checkout."),
         click.option("--dry-run", is_flag=True, help="Record nothing."),
-        click.option("--keep-going", is_flag=True, help="Time and record what is right although something is wrong."),
+        click.option("--keep-going", is_flag=True, help="Time and record what is right although ours is wrong."),
     ]
+    return _with(command, options)
+
+
+def _with(command: Callable[..., None], options: list[Callable[..., Any]]) -> Callable[..., None]:
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
@@ -56,38 +71,68 @@ def main() -> None:
     pass
 
 
+_backend = click.option("--backend", help="Repeatable by commas. Default: triton on cuda, else eager.")
+_against = click.option(
+    "--against", multiple=True, type=click.Choice(list(BASELINES)), help="In the same run. Repeatable."
+)
+
+
 @main.command()
-@click.option("--backend", default=None, help="Repeatable by commas. Default: triton on cuda, else eager.")
+@_backend
+@_against
 @_choice_options
-def run(backend: str | None, device: str | None, **options: Any) -> None:
-    """Measure our kernels."""
+@_time_options
+def run(backend: str | None, against: tuple[str, ...], device: str | None, **options: Any) -> None:
+    """Measure our kernels, and others beside them."""
     place = _device(device)
-    names = (backend or ("triton" if place.type == "cuda" else "eager")).split(",")
-    contenders: dict[str, Binder] = {}
-    for name in names:
-        contenders |= {name: ours(name), f"{name}-cached": ours_cached(name)}
-    _measure_all(contenders, place, **options)
+    _measure_all(_ours(backend, place), _named(against), place, **options)
 
 
 @main.command()
 @click.option("--contender", "names", multiple=True, type=click.Choice(list(BASELINES)), help="Default: all.")
 @_choice_options
+@_time_options
 def baselines(names: tuple[str, ...], device: str | None, **options: Any) -> None:
     """Measure what our kernels are compared with."""
-    chosen = {name: bind for name, bind in BASELINES.items() if not names or name in names}
-    _measure_all(chosen, _device(device), **options)
+    _measure_all({}, _named(names or tuple(BASELINES)), _device(device), **options)
+
+
+@main.command("check")
+@_backend
+@_against
+@_choice_options
+def check_command(
+    backend: str | None,
+    against: tuple[str, ...],
+    device: str | None,
+    groups: tuple[str, ...],
+    pattern: str | None,
+    dtype: str,
+    small: bool,
+) -> None:
+    """Compare with float64 and time nothing. Compiles what a measurement needs, where kernels are cached."""
+    place = _device(device)
+    ours, others = _ours(backend, place), _named(against)
+    wrong = _check_all(ours, others, _chosen(groups, pattern, small), place, DTYPES[dtype]).wrong
+    if wrong:
+        raise click.ClickException(f"{len(wrong)} wrong: {', '.join(dict.fromkeys(wrong))}")
 
 
 @main.command()
 @click.option("--input", "source", type=_PATH, default=LEDGER, show_default=True)
+@click.option("--layers", type=_PATH, default=LAYERS, show_default=True, help="Rows of benchmarks.layer.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, show_default=True)
 @click.option("--device", "device_name", help="Only rows whose device contains this; default: that of the last row.")
-def report(source: Path, output: Path, device_name: str | None) -> None:
-    """Write attention.md and its charts from the recorded rows."""
+def report(source: Path, layers: Path, output: Path, device_name: str | None) -> None:
+    """Write attention.md and its charts from the recorded rows; print what must be reached, missed floors first."""
     try:
-        written = write_report(source, output, device_name)
-    except LedgerError as error:
+        written, floors = write_report(source, layers, output, device_name)
+    except (LedgerError, ValueError) as error:
         raise click.ClickException(str(error)) from None
+    for floor in sorted(floors, key=lambda floor: (False, None, True).index(floor.met)):
+        click.echo(floor.line())
+    met = [floor.met for floor in floors]
+    click.echo(f"{met.count(True)} met, {met.count(False)} missed, {met.count(None)} not measured")
     for path in written:
         click.echo(path)
 
@@ -96,8 +141,28 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def _ours(backend: str | None, device: torch.device) -> dict[str, Binder]:
+    names = (backend or ("triton" if device.type == "cuda" else "eager")).split(",")
+    contenders: dict[str, Binder] = {}
+    for name in names:
+        contenders |= {name: ours(name), f"{name}-cached": ours_cached(name)}
+    return contenders
+
+
+def _named(names: tuple[str, ...]) -> dict[str, Binder]:
+    return {name: BASELINES[name] for name in names}
+
+
+def _chosen(groups: tuple[str, ...], pattern: str | None, small: bool) -> list[Case]:
+    cases = choose(groups, pattern)
+    if not cases:
+        raise click.ClickException(f"no case matches --group {groups} --case {pattern}")
+    return [tiny(case) for case in cases] if small else cases
+
+
 def _measure_all(
-    contenders: dict[str, Binder],
+    own: dict[str, Binder],
+    others: dict[str, Binder],
     device: torch.device,
     *,
     groups: tuple[str, ...],
@@ -111,29 +176,28 @@ def _measure_all(
     dry_run: bool,
     keep_going: bool,
 ) -> None:
-    cases = choose(groups, pattern)
-    if not cases:
-        raise click.ClickException(f"no case matches --group {groups} --case {pattern}")
-    cases = [tiny(case) for case in cases] if small else cases
+    cases = _chosen(groups, pattern, small)
     directions = (FORWARD, BACKWARD) if direction == "both" else (direction,)
-    errors, wrong = _check_all(contenders, cases, device, DTYPES[dtype])
-    if wrong and not keep_going:
-        raise click.ClickException(f"{len(wrong)} wrong, nothing is timed")
-    if not errors:
+    checked = _check_all(own, others, cases, device, DTYPES[dtype])
+    if set(checked.wrong) & set(own) and not keep_going:
+        raise click.ClickException(f"{len(checked.wrong)} wrong, nothing is timed")
+    if not checked.errors:
         raise click.ClickException("no contender can run any of these cases here")
     ceilings = measure_ceilings(device, seconds=seconds)
     click.echo(f"ceilings: {ceilings.matmul_tflops:.4g} TFLOP/s bf16, {ceilings.copy_tbs:.4g} TB/s copied")
     about = provenance(device, commit) | {"matmul_tflops": ceilings.matmul_tflops, "copy_tbs": ceilings.copy_tbs}
+    contenders = others | own
     rows: list[dict[str, object]] = []
     for case in cases:
-        names = [name for name in contenders if (case.name, name) in errors]
+        names = [name for name in (*own, *others) if (case.name, name) in checked.errors]
         if not names:
             continue
         batch = make_batch(case, device, DTYPES[dtype])
         for name in names:
             bound = contenders[name](batch)
             for measured in measure(bound, batch, directions, seconds=seconds):
-                row = about | describe(case, DTYPES[dtype]) | measured | {"relative_error": errors[case.name, name]}
+                error = checked.errors[case.name, name]
+                row = about | describe(case, DTYPES[dtype]) | measured | {"relative_error": error}
                 _show(row)
                 if "note" not in row:
                     rows.append(row)
@@ -141,37 +205,43 @@ def _measure_all(
         if not dry_run:
             append(output, COLUMNS, rows)
             rows = []
-    if wrong:
-        raise click.ClickException(f"{len(wrong)} wrong")
+    if checked.wrong:
+        raise click.ClickException(f"{len(checked.wrong)} wrong: {', '.join(dict.fromkeys(checked.wrong))}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """Relative errors of what is right, by case and contender; contenders that were wrong, once for each case."""
+
+    errors: dict[tuple[str, str], float]
+    wrong: list[str]
 
 
 def _check_all(
-    contenders: dict[str, Binder], cases: list[Case], device: torch.device, dtype: torch.dtype
-) -> tuple[dict[tuple[str, str], float], list[str]]:
-    """Relative errors of what is right, by case and contender; the complaints about what is wrong."""
-    errors: dict[tuple[str, str], float] = {}
-    wrong: list[str] = []
+    own: dict[str, Binder], others: dict[str, Binder], cases: list[Case], device: torch.device, dtype: torch.dtype
+) -> _Checked:
+    checked = _Checked({}, [])
     for case in cases:
         batch = make_batch(case, device, dtype)
-        for name, bind in contenders.items():
+        for name, bind in {**others, **own}.items():
             try:
                 error = check(bind(batch), batch)
             except Red as red:
-                wrong.append(str(red))
+                checked.wrong.append(name)
                 click.echo(f"WRONG {red}", err=True)
             except (Unavailable, UnsupportedBackend, torch.OutOfMemoryError) as reason:
                 if not getattr(reason, "by_design", False):
                     click.echo(f"  not measured: {name}, {case.name}: {str(reason).splitlines()[0]}")
             except Exception as reason:
                 # Foreign code may refuse a case in its own way; ours must not.
-                if name not in BASELINES or name == "eager":
+                if name in own:
                     raise
                 lines = str(reason).splitlines() or [""]
                 click.echo(f"  not measured: {name}, {case.name}: {type(reason).__name__}: {lines[0]}")
             else:
-                errors[case.name, name] = error
+                checked.errors[case.name, name] = error
                 click.echo(f"  right: {name}, {case.name}: relative error {error:.2e}")
-    return errors, wrong
+    return checked
 
 
 def _show(row: dict[str, object]) -> None:

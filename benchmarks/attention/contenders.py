@@ -20,6 +20,8 @@ from hstu_kernels import JaggedLayout, LayerKV, hstu_attention, hstu_target_atte
 
 # What materialised logits may take.
 _DENSE_BYTES = 30 * 2**30
+# Some public kernels sum a gradient in bfloat16, over hundreds of tiles of a long sequence.
+_PEER_TOLERANCE = 0.05
 
 
 class Result(Enum):
@@ -43,6 +45,7 @@ class Bound:
         result: where its rows stand. leaf_names: of the gradients of ``inputs``.
         ours: run with poisoned memory when it is checked.
         unplanned: the same call with its preparation included.
+        tolerance: relative error in the Frobenius norm that each result may have; ``None`` for the rule of our tests.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Bound:
     leaf_names: tuple[str, ...] = ("dq", "dk", "dv")
     ours: bool = False
     unplanned: Callable[..., Tensor] | None = None
+    tolerance: float | None = None
 
 
 Binder = Callable[[Batch], Bound]
@@ -165,7 +169,7 @@ def _peer(name: str, make: Callable[[Batch], Callable[..., Tensor]]) -> Binder:
     def bind(batch: Batch) -> Bound:
         if batch.bias is not None:
             raise Unavailable("takes no tables")
-        return _bound(batch, name, make(batch))
+        return replace(_bound(batch, name, make(batch)), tolerance=_PEER_TOLERANCE)
 
     return bind
 

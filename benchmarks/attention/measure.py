@@ -32,7 +32,7 @@ def measure(bound: Bound, batch: Batch, directions: tuple[str, ...], *, seconds:
             if direction == BACKWARD and not bound.grads:
                 continue
             calls = _forward_calls(bound) if direction == FORWARD else _backward_calls(bound)
-            host = host_microseconds(calls, device)
+            host = host_microseconds(calls, device, seconds=seconds)
             peak = peak_mebibytes(_step(bound) if direction == BACKWARD else calls[0], device)
             about: dict[str, object] = {"contender": bound.name, "direction": direction}
             spread = time_calls(calls, device, seconds=seconds)
@@ -46,11 +46,11 @@ def measure(bound: Bound, batch: Batch, directions: tuple[str, ...], *, seconds:
                 else:
                     yield about | {"mode": GRAPH} | _speed(spread, work, direction)
             del calls
-        if bound.unplanned is not None and FORWARD in directions:
+        if case.small and bound.unplanned is not None and FORWARD in directions:
             calls = _forward_calls(bound, bound.unplanned)
             about = {"contender": bound.name, "direction": FORWARD, "mode": UNPLANNED}
             spread = time_calls(calls, device, seconds=seconds)
-            yield about | {"host_us": host_microseconds(calls, device)} | _speed(spread, work, FORWARD)
+            yield about | {"host_us": host_microseconds(calls, device, seconds=seconds)} | _speed(spread, work, FORWARD)
 
 
 def describe(case: Case, dtype: torch.dtype) -> dict[str, object]:

@@ -21,7 +21,9 @@ Attend = Callable[..., Tensor]
 
 
 def triton_hstu(batch: Batch) -> Attend:
-    """``triton_hstu_mha`` of Meta's generative-recommenders."""
+    """``triton_hstu_mha`` of Meta's generative-recommenders, tuned anew for each length and batch size."""
+    tune_by_length = _imported("generative_recommenders.common", "set_use_runtime_max_seq_len")
+    tune_by_length(True)
     run = _imported("generative_recommenders.ops.triton.triton_hstu_attention", "triton_hstu_mha")
     known = inspect.signature(run).parameters
     case, layout = batch.case, batch.layout
@@ -29,7 +31,9 @@ def triton_hstu(batch: Batch) -> Attend:
         raise Unavailable("has no semi-local mask")
     options: dict[str, Any] = {"seq_offsets": layout.seq_offsets, "alpha": batch.alpha, "causal": True}
     options |= {"N": layout.max_seq_len, "max_seq_len": layout.max_seq_len, "num_targets": layout.num_targets}
-    options |= {"max_attn_len": case.mask.max_attn_len, "contextual_seq_len": 0, "sort_by_length": True}
+    # It sorts in every call, which pays for jagged batches alone.
+    options |= {"max_attn_len": case.mask.max_attn_len, "contextual_seq_len": 0}
+    options["sort_by_length"] = len(set(case.lengths)) > 1
     if "attn_scale" in known:
         options["attn_scale"] = torch.tensor(batch.scale, device=batch.device)
     options = {name: value for name, value in options.items() if name in known}

@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.attention.charts import charts
+from benchmarks.attention.compare import Row, bias_ratios, cached_ratios, length_slopes, newest
 from benchmarks.attention.measure import BACKWARD, CALL, COLUMNS, FORWARD, GRAPH, UNPLANNED
+from benchmarks.floors import HEADER, Floor, judge, load
+from benchmarks.layer.columns import COLUMNS as LAYER_COLUMNS
 from benchmarks.ledger import LedgerError, read
 
-Row = dict[str, str]
 _LEGEND = """\
 Median milliseconds [20th, 80th percentile] of device events over rotating inputs, and TFLOP/s of useful work: causal
 attention as published elsewhere, `2 * sum(L^2) / 2 * H * (Dqk + Dv)`; other masks by their exact number of visible
 pairs; a backward counts 2.5 times its forward. Softmax baselines compute another function with the same two products
-for a pair.
+for a pair. The error is the largest relative one of outputs and gradients against float64, in the Frobenius norm.
 """
-_KEY = ("device", "dtype", "case", "contender", "direction", "mode")
-_LENGTH_SERIES = ("full", "semi-local prefix", "semi-local tail", "truncated")
 
 
-def write_report(source: Path, folder: Path, device: str | None = None) -> list[Path]:
-    """Write ``attention.md`` and charts into ``folder``; returns the files.
+def write_report(source: Path, layers: Path, folder: Path, device: str | None = None) -> tuple[list[Path], list[Floor]]:
+    """Write ``attention.md`` and charts into ``folder``; returns the files, and the floors beside what was recorded.
+
+    ``layers`` is the ledger of the layer benchmark; without it the floors of layers are not measured.
 
     Raises:
         LedgerError: nothing is recorded, or nothing for ``device``.
     """
-    rows = newest(read(source, COLUMNS))
+    rows = read(source, COLUMNS)
     device = device or (rows[-1]["device"] if rows else "")
     rows = [row for row in rows if device in row["device"]]
     if not rows:
         raise LedgerError(f"{source}: no rows of a device named {device!r}")
+    steps = [row for row in read(layers, LAYER_COLUMNS) if device in row["device"]] if layers.is_file() else []
+    floors = judge(load(), rows, steps)
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "attention.md"
-    charts = _charts(rows, folder)
-    text.write_text(markdown(rows, [chart.name for chart in charts]), encoding="utf-8")
-    return [text, *charts]
+    drawn = charts(newest(rows), folder)
+    text.write_text(markdown(newest(rows), floors, [chart.name for chart in drawn]), encoding="utf-8")
+    return [text, *drawn], floors
 
 
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each case, contender, direction and mode, in order of the file."""
-    kept: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        key = tuple(row[name] for name in _KEY)
-        kept.pop(key, None)
-        kept[key] = row
-    return list(kept.values())
-
-
-def markdown(rows: Sequence[Row], charts: Sequence[str] = ()) -> str:
+def markdown(rows: Sequence[Row], floors: Sequence[Floor] = (), drawn: Sequence[str] = ()) -> str:
     """The report of rows of one device."""
     parts = ["# Attention: recorded speeds\n", _provenance(rows)]
+    if floors:
+        parts += ["\n## What must be reached\n", "Two numbers are forward and backward.\n"]
+        parts += [_table(HEADER, [floor.cells() for floor in floors])]
     for group in dict.fromkeys(row["group"] for row in rows):
         of_group = [row for row in rows if row["group"] == group]
         parts += [f"\n## {group}\n", _speed_table([row for row in of_group if row["mode"] == CALL])]
@@ -65,59 +62,8 @@ def markdown(rows: Sequence[Row], charts: Sequence[str] = ()) -> str:
     for title, comparison in (("Cost of the bias", bias_ratios(rows)), ("Cached targets", cached_ratios(rows))):
         if comparison:
             parts += [f"\n## {title}\n", _table(*comparison)]
-    parts += [f"\n![{name.removesuffix('.png')}]({name})\n" for name in charts]
+    parts += [f"\n![{name.removesuffix('.png')}]({name})\n" for name in drawn]
     return "\n".join(parts)
-
-
-def length_slopes(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float, int, int]]:
-    """Least-squares slope, shortest and longest length, by contender, series and direction; three lengths at least."""
-    points: dict[tuple[str, str, str], dict[int, float]] = {}
-    for row in rows:
-        if row["mode"] == CALL and row["series"] in _LENGTH_SERIES and row["group"] in _LENGTH_GROUPS:
-            key = row["contender"], row["series"], row["direction"]
-            points.setdefault(key, {})[int(row["length"])] = float(row["p50_ms"])
-    slopes = {}
-    for key, found in points.items():
-        if len(found) < 3:
-            continue
-        xs, ys = [math.log(x) for x in found], [math.log(y) for y in found.values()]
-        mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-        rise = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
-        slopes[key] = rise / sum((x - mean_x) ** 2 for x in xs), min(found), max(found)
-    return slopes
-
-
-_LENGTH_GROUPS = ("length", "semi_local", "truncated")
-
-
-def bias_ratios(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]] | None:
-    """Time and memory with each bias relative to the same case without one."""
-    found = [row for row in rows if row["group"] == "biased" and row["mode"] == CALL]
-    plain = {(row["contender"], row["direction"]): row for row in found if row["bias"] == "none"}
-    body = []
-    for row in found:
-        base = plain.get((row["contender"], row["direction"]))
-        if base is None or row is base:
-            continue
-        time = float(row["p50_ms"]) / float(base["p50_ms"])
-        memory = f"{float(row['peak_mib']) / float(base['peak_mib']):.3f}" if base["peak_mib"] else ""
-        body.append([row["contender"], row["bias"], row["direction"], f"{time:.2f}", memory])
-    return (["contender", "bias", "direction", "time / without", "memory / without"], body) if body else None
-
-
-def cached_ratios(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]] | None:
-    """How much faster cached targets are than the forward over history and candidates."""
-    found = {
-        (row["case"], row["contender"]): float(row["p50_ms"])
-        for row in rows
-        if row["group"] == "targets" and row["direction"] == FORWARD and row["mode"] == CALL
-    }
-    body = []
-    for (case, contender), time in found.items():
-        full = found.get((case, contender.removesuffix("-cached")))
-        if contender.endswith("-cached") and full is not None:
-            body.append([case, contender, f"{full:.3f}", f"{time:.3f}", f"{full / time:.1f}"])
-    return (["case", "contender", "full forward, ms", "cached, ms", "times faster"], body) if body else None
 
 
 def _provenance(rows: Sequence[Row]) -> str:
@@ -145,8 +91,10 @@ def _speed_table(rows: Sequence[Row]) -> str:
             timed = found.get(direction)
             cells += ["", ""] if timed is None else [_milliseconds(timed), f"{float(timed['tflops_convention']):.4g}"]
         memory = [row["peak_mib"] for row in found.values() if row["peak_mib"]]
-        body.append([*cells, memory[-1] if memory else ""])
-    header = ["case", "contender", "forward, ms", "TFLOP/s", "backward, ms", "TFLOP/s", "peak MiB"]
+        errors = [row["relative_error"] for row in found.values() if row["relative_error"]]
+        error = f"{float(errors[-1]):.2g}" if errors else ""
+        body.append([*cells, memory[-1] if memory else "", error])
+    header = ["case", "contender", "forward, ms", "TFLOP/s", "backward, ms", "TFLOP/s", "peak MiB", "error"]
     return _table(header, body)
 
 
@@ -172,47 +120,3 @@ def _milliseconds(row: Row) -> str:
 def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _charts(rows: Sequence[Row], folder: Path) -> list[Path]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    calls = [row for row in rows if row["mode"] == CALL]
-    dense = [row for row in calls if row["group"] in ("causal", "length") and row["qk_dim"] == "128"]
-    against = [row for row in calls if row["group"] in _LENGTH_GROUPS and row["batch"] == "4"]
-    charts = [
-        _chart(dense, "tflops_convention", "TFLOP/s, causal", "contender", folder / "attention-tflops.png"),
-        _chart(against, "p50_ms", "milliseconds, batch of 4", "series", folder / "attention-time.png", log=True),
-    ]
-    return [chart for chart in charts if chart is not None]
-
-
-def _chart(rows: Sequence[Row], column: str, label: str, by: str, path: Path, *, log: bool = False) -> Path | None:
-    """One panel for each direction, one line for each contender (and series)."""
-    from matplotlib import pyplot
-
-    if not rows:
-        return None
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharex=True)
-    for panel, direction in zip(panels, (FORWARD, BACKWARD), strict=True):
-        lines: dict[str, dict[int, float]] = {}
-        for row in rows:
-            if row["direction"] == direction:
-                name = row["contender"] if by == "contender" else f"{row['contender']}, {row['series']}"
-                lines.setdefault(name, {})[int(row["length"])] = float(row[column])
-        for name, points in lines.items():
-            xs = sorted(points)
-            panel.plot(xs, [points[x] for x in xs], marker="o", label=name)
-        panel.set_xscale("log", base=2)
-        if log:
-            panel.set_yscale("log")
-        else:
-            panel.set_ylim(bottom=0)
-        panel.set(title=direction, xlabel="sequence length", ylabel=label)
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
-    return path

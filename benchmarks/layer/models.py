@@ -1,9 +1,13 @@
-"""What is trained: our encoder on its backends, and the same layers around softmax attention, compiled."""
+"""What is trained: our encoder on its backends, and the same layers around softmax attention, compiled.
+
+Softmax attention multiplies as much as ours for each visible pair, so its layers are of equal work.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -86,39 +90,63 @@ class Ours(nn.Module):
         return out.values
 
 
-class _SoftmaxLayer(HSTULayer):
-    """The projections and the gate of `HSTULayer` around causal softmax attention of padded rows."""
+class Attention(Enum):
+    """How `Softmax` attends."""
 
-    def attend(self, x: Tensor, count: int) -> Tensor:
-        u, v, q, k = self._project(x)
-        q, k, v = (y.view(count, -1, *y.shape[1:]).transpose(1, 2) for y in (q, k, v))
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self._gate(x, u, out.transpose(1, 2).reshape(x.shape[0], -1))
+    PADDED = "flash attention of rows padded to the longest sequence"
+    JAGGED = "flash attention of the flat rows, by sequence offsets"
+    EXACT = "any kernel that computes in float32, of padded rows"
 
 
 class Softmax(nn.Module):
-    """Compiled layers around flash attention; rows are padded to the longest, outside of what is compiled."""
+    """The projections and gates of our layers around causal softmax attention; padding itself is not compiled."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, attention: Attention, *, compiled: bool) -> None:
         super().__init__()
         config = replace(case.config, position_bias=False, time_bias=False, backend=Backend.EAGER)
-        self.layers = nn.ModuleList(_SoftmaxLayer(config) for _ in range(config.num_layers))
-        self.count = len(case.lengths)
-        self._stack: Callable[[Tensor], Tensor] = torch.compile(self._run, dynamic=False)
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
+        self.count, self.longest, self.attention = len(case.lengths), max(case.lengths), attention
+        self._stack: Callable[[Tensor, Tensor], Tensor] = self._run
+        if compiled:
+            self._stack = torch.compile(self._run, fullgraph=True, dynamic=False)
 
-    def _run(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer.attend(x, self.count)  # type: ignore[operator]
+    def _run(self, x: Tensor, offsets: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.attention is Attention.JAGGED:
+                return _flash_of_rows(q, k, v, offsets, self.longest)
+            q, k, v = (y.view(self.count, self.longest, *y.shape[1:]).transpose(1, 2) for y in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
+
+        exact = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(exact if self.attention is Attention.EXACT else [SDPBackend.FLASH_ATTENTION]):
+            for layer in self.layers:
+                assert isinstance(layer, HSTULayer)
+                x = layer.through(x, attend)
         return x
 
     def forward(self, batch: Batch) -> Tensor:
         rows, layout = batch.x.shape[0], batch.layout
-        if rows == self.count * layout.max_seq_len:
-            return self._stack(batch.x)
-        at = layout.sequence_ids(rows) * layout.max_seq_len + layout.row_indices(rows)
-        padded = batch.x.new_zeros(self.count * layout.max_seq_len, batch.x.shape[1]).index_copy(0, at, batch.x)
-        return self._stack(padded).index_select(0, at)
+        offsets = layout.seq_offsets.int()
+        if self.attention is Attention.JAGGED or rows == self.count * self.longest:
+            return self._stack(batch.x, offsets)
+        at = layout.sequence_ids(rows) * self.longest + layout.row_indices(rows)
+        padded = batch.x.new_zeros(self.count * self.longest, batch.x.shape[1]).index_copy(0, at, batch.x)
+        return self._stack(padded, offsets).index_select(0, at)
+
+
+def _flash_of_rows(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """Causal softmax attention of flat rows ``[L, H, D]``; ``offsets [B + 1]`` int32."""
+    if q.is_cuda:
+        # What scaled_dot_product_attention calls for nested tensors, without their preparation.
+        flash = torch.ops.aten._flash_attention_forward
+        out: Tensor = flash(q, k, v, offsets, offsets, longest, longest, 0.0, True, False)[0]
+        return out
+    # The operator is CUDA's alone; elsewhere one call for each sequence.
+    parts = []
+    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        own = (y[begin:end].transpose(0, 1)[None] for y in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(*own, is_causal=True)[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def compiled(case: Case, backend: str) -> nn.Module:
@@ -133,5 +161,21 @@ CONTENDERS: dict[str, Callable[[Case], nn.Module]] = {
     "triton-compiled": lambda case: compiled(case, "triton"),
     "eager": lambda case: Ours(case, "eager"),
     "eager-compiled": lambda case: compiled(case, "eager"),
-    "sdpa-compiled": Softmax,
+    "sdpa-compiled": lambda case: Softmax(case, Attention.PADDED, compiled=True),
+    "sdpa-varlen-compiled": lambda case: Softmax(case, Attention.JAGGED, compiled=True),
 }
+
+
+def exact(name: str, case: Case) -> nn.Module:
+    """What gradients of the contender ``name`` are compared with, run in float32."""
+    return Softmax(case, Attention.EXACT, compiled=False) if is_softmax(name) else Ours(case, "eager")
+
+
+def plain(name: str, case: Case) -> nn.Module:
+    """The same function in plain PyTorch; its error under autocast is the measure of what is allowed."""
+    return Softmax(case, Attention.PADDED, compiled=False) if is_softmax(name) else Ours(case, "eager")
+
+
+def is_softmax(name: str) -> bool:
+    """Whether the contender computes softmax attention, another function than ours."""
+    return name.startswith("sdpa")

@@ -155,11 +155,25 @@ def install(patch: pytest.MonkeyPatch, name: str, **contents: object) -> None:
 def test_the_adapter_to_meta_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     module = "generative_recommenders.ops.triton.triton_hstu_attention"
     install(monkeypatch, module, triton_hstu_mha=FakePeer().triton_hstu_mha)
+    tuned: list[bool] = []
+    install(monkeypatch, "generative_recommenders.common", set_use_runtime_max_seq_len=tuned.append)
     for name in ("16x4096x4x128-jagged", "32x4096-1024-candidates"):
         batch = make_batch(tiny_case(name), CPU, torch.float32)
         check(BASELINES["meta-triton"](batch), batch)
+    assert tuned == [True, True]
     with pytest.raises(Unavailable, match="semi-local"):
         BASELINES["meta-triton"](make_batch(tiny_case("4x4096-tail"), CPU, torch.float32))
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1.02, True), (1.1, False)])
+def test_a_public_kernel_may_round_but_not_mean_another_function(factor: float, right: bool) -> None:
+    bound, batch = bound_to(tiny_case("16x4096x4x128-jagged"), torch.bfloat16)
+    public = replace(bound, forward=lambda *leaves: bound.forward(*leaves) * factor, tolerance=0.05)
+    if right:
+        assert check(public, batch) > 0.01
+    else:
+        with pytest.raises(Red, match=r"out is off by 0\.1 of its norm, allowed 0\.05"):
+            check(public, batch)
 
 
 @pytest.mark.parametrize("package", ["hstu", "hstu_attn"])

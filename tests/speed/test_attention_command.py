@@ -13,8 +13,9 @@ from click.testing import CliRunner, Result
 from benchmarks import ledger
 from benchmarks.attention import __main__ as command
 from benchmarks.attention import contenders
+from benchmarks.attention.compare import length_slopes, newest
 from benchmarks.attention.measure import COLUMNS
-from benchmarks.attention.report import length_slopes, markdown, newest, write_report
+from benchmarks.attention.report import markdown, write_report
 from benchmarks.ledger import LedgerError, append, read
 from benchmarks.timing import Spread, host_microseconds, time_calls
 
@@ -40,9 +41,9 @@ def test_run_checks_times_and_appends(tmp_path: Path) -> None:
     assert found == {
         ("eager", "forward", "call"),
         ("eager", "backward", "call"),
-        ("eager", "forward", "unplanned"),
         ("eager-cached", "forward", "call"),
     }
+    assert "unplanned" in {row["mode"] for row in rows if row["group"] == "small"}
     for row in rows:
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert float(row["host_us"]) > 0
@@ -94,6 +95,45 @@ def test_baselines_that_run_here(tmp_path: Path) -> None:
     assert {row["relative_error"] for row in rows} == {""}
 
 
+def test_rivals_are_measured_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "attention.csv"
+    words = ["run", *CPU, "--case", "16x4096x4x128-full", "--direction", "forward", "--output", str(path)]
+    against = ["--against", "sdpa-flash", "--against", "meta-triton"]
+    assert invoke(*words, *against).exit_code == 0
+    rows = recorded(path)
+    assert [row["contender"] for row in rows] == ["eager", "sdpa-flash"]
+    assert len({row["taken_at"] for row in rows}) == 1
+
+    # A rival that is wrong is named and not timed; ours is.
+    def wrong(batch: contenders.Batch) -> contenders.Bound:
+        bound = contenders.ours("eager")(batch)
+        return replace(bound, name="meta-triton", forward=lambda *leaves: bound.forward(*leaves) * 1.1)
+
+    monkeypatch.setitem(command.BASELINES, "meta-triton", wrong)
+    done = invoke(*words, *against)
+    assert done.exit_code == 1
+    assert "1 wrong: meta-triton" in done.output
+    assert [row["contender"] for row in recorded(path)[2:]] == ["eager", "sdpa-flash"]
+
+
+def test_check_times_and_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["check", "--device", "cpu", "--tiny", "--group", "jagged"]
+    done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    assert done.output.count("right: eager, tiny-") == 4
+    assert "TFLOP/s" not in done.output
+    right = contenders.ours("eager")
+
+    def wrong(batch: contenders.Batch) -> contenders.Bound:
+        bound = right(batch)
+        return replace(bound, forward=lambda *leaves: bound.forward(*leaves) * 1.1)
+
+    monkeypatch.setattr(command, "ours", lambda _: wrong)
+    done = invoke(*words)
+    assert done.exit_code == 1
+    assert "4 wrong: eager" in done.output
+
+
 def test_errors_name_what_to_do(tmp_path: Path) -> None:
     assert "no case matches" in invoke("run", *CPU, "--case", "nothing").output
     nothing = invoke("report", "--input", str(tmp_path / "none.csv"), "--output", str(tmp_path))
@@ -112,6 +152,7 @@ def row(**changes: object) -> dict[str, str]:
     base |= {"batch": 4, "qk_dim": 128, "contender": "triton", "direction": "forward", "mode": "call"}
     base |= {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "tflops_convention": 500.0, "matmul_tflops": 793.0}
     base |= {"copy_tbs": 3.02, "commit": "0123456789abcdef", "bias": "none", "host_us": 40.0, "peak_mib": 100.0}
+    base |= {"taken_at": "2026-01-01T00:00:00Z"}
     return {name: str(value) for name, value in (base | changes).items()}
 
 
@@ -149,7 +190,8 @@ def test_the_report_writes_tables_and_charts_of_one_device(tmp_path: Path) -> No
     rows = [row(case=f"{n}-{d}", length=n, direction=d) for n in lengths for d in ("forward", "backward")]
     append(path, COLUMNS, [row(device="other", case="foreign"), *rows])
     assert len(read(path, COLUMNS)) == 7
-    written = write_report(path, tmp_path / "report")
+    written, floors = write_report(path, tmp_path / "layer.csv", tmp_path / "report")
+    assert {floor.met for floor in floors} == {None}
     assert [file.name for file in written] == ["attention.md", "attention-tflops.png", "attention-time.png"]
     assert all(file.stat().st_size > 500 for file in written)
     text = written[0].read_text(encoding="utf-8")
@@ -157,7 +199,25 @@ def test_the_report_writes_tables_and_charts_of_one_device(tmp_path: Path) -> No
     assert "bf16 product 793 to 793 TFLOP/s" in text
     assert "![attention-time](attention-time.png)" in text
     with pytest.raises(LedgerError, match="no rows of a device named 'none'"):
-        write_report(path, tmp_path, "none")
+        write_report(path, tmp_path / "layer.csv", tmp_path, "none")
+
+
+def test_the_report_prints_what_must_be_reached(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    long = {"group": "causal", "case": "4x16384x4x128-full"}
+    speeds = [row(**long, tflops_convention=601.0), row(**long, direction="backward", tflops_convention=399.0)]
+    short = {"group": "causal", "case": "32x1024x4x128-full"}
+    speeds += [row(**short, tflops_convention=371.0), row(**short, direction="backward", tflops_convention=251.0)]
+    append(path, COLUMNS, speeds)
+    done = invoke("report", "--input", str(path), "--layers", str(tmp_path / "none.csv"), "--output", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0] == "MISS TFLOP/s, 4x16384x4x128-full: 601 / 399 >= 600 / 400"
+    assert lines[1].startswith("open ")
+    assert "met  TFLOP/s, 32x1024x4x128-full: 371 / 251 >= 370 / 250" in lines
+    assert any(line.startswith("1 met, 1 missed, ") for line in lines)
+    text = (tmp_path / "attention.md").read_text(encoding="utf-8")
+    assert "| TFLOP/s | 4x16384x4x128-full | >= 600 / 400 | 601 / 399 | **no** | 75.8 / 50.3 % of the product" in text
 
 
 def test_a_row_is_complete_or_not_there(tmp_path: Path) -> None:

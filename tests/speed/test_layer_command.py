@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from torch import nn
 
 from benchmarks.layer import __main__ as command
-from benchmarks.layer.models import CONTENDERS, Ours, cases, training_flops
+from benchmarks.layer import models
+from benchmarks.layer.models import CONTENDERS, Ours, cases, exact, training_flops
 
 TINY = ["run", "--tiny", "--device", "cpu", "--layers", "2", "--seconds", "0.001"]
 
@@ -21,7 +22,7 @@ def test_a_step_is_checked_timed_recorded_and_reported(tmp_path: Path) -> None:
     words = ["--contender", "eager", "--contender", "triton", "--output", str(path), "--commit", "abc"]
     done = CliRunner().invoke(command.main, [*TINY, *words])
     assert done.exit_code == 0, done.output
-    assert "triton           not measured" in done.output
+    assert "triton               not measured" in done.output
     rows = list(csv.DictReader(path.open(encoding="utf-8")))
     assert [(row["case"], row["contender"], row["commit"]) for row in rows] == [
         ("full", "eager", "abc"),
@@ -59,15 +60,53 @@ def test_work_counts_every_product_once() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["full", "jagged"])
-def test_the_softmax_layers_have_the_same_linear_weights(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["sdpa-compiled", "sdpa-varlen-compiled"])
+def test_the_softmax_layers_have_the_same_linear_weights(
+    name: str, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     case = cases(layers=2, variant="ultra", tiny=True)[which]
 
     def count(model: nn.Module) -> int:
         return sum(p.numel() for p in model.parameters())
 
-    softmax = CONTENDERS["sdpa-compiled"](case)
+    softmax = CONTENDERS[name](case)
     assert count(softmax) == count(CONTENDERS["eager"](case))
     batch = command.make_batch(case, torch.device("cpu"))
     command._backward(softmax, batch, autocast=True)
     assert all(p.grad is not None for p in softmax.parameters())
+    # Padded or jagged, what is computed is softmax attention of each sequence by itself.
+    assert 0 < command._check(name, case, batch) < 0.05
+    torch.manual_seed(0)
+    one = CONTENDERS[name](case).eval()
+    torch.manual_seed(0)
+    other = exact(name, case).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(one(batch), other(batch))
+
+
+def test_softmax_that_sees_other_sequences_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    flat = models._flash_of_rows
+    monkeypatch.setattr(
+        models, "_flash_of_rows", lambda q, k, v, offsets, longest: flat(q, k, v, offsets[[0, -1]], longest)
+    )
+    case = cases(layers=2, variant="ultra", tiny=True)[1]
+    batch = command.make_batch(case, torch.device("cpu"))
+    with pytest.raises(command.Wrong, match="sdpa-varlen-compiled, jagged: gradients are off"):
+        command._check("sdpa-varlen-compiled", case, batch)
+
+
+def test_a_rival_that_fails_is_left_out_and_ours_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(case: object) -> nn.Module:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setitem(CONTENDERS, "sdpa-compiled", broken)
+    words = ["--contender", "sdpa-compiled", "--contender", "eager", "--case", "full", "--output", str(tmp_path / "x")]
+    done = CliRunner().invoke(command.main, [*TINY, *words])
+    assert done.exit_code == 0, done.output
+    assert "sdpa-compiled        not measured: RuntimeError: no such operator" in done.output
+    assert [row["contender"] for row in csv.DictReader((tmp_path / "x").open(encoding="utf-8"))] == ["eager"]
+    monkeypatch.setitem(CONTENDERS, "eager-compiled", broken)
+    failed = CliRunner().invoke(command.main, [*TINY, "--contender", "eager-compiled", "--dry-run"])
+    assert isinstance(failed.exception, RuntimeError)
