@@ -36,6 +36,6 @@ def make_model(settings: RankSettings, data: RankingData) -> WindowRanker:
     else:
         features = replace(features, form=settings.token_form, learned_no_action=settings.learned_no_action)
         config = settings.hstu_config(num_features=len(features.users), num_series=len(features.series))
-        model = RankingModel(features, config, ranking)
+        model = RankingModel(features, config, ranking, head_users=settings.head_users)
     model.head.start_from(log.labels[train].nanmean(0))
     return model

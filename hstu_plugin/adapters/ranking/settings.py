@@ -15,6 +15,7 @@ from hstu_kernels import AttentionMask
 from hstu_plugin.adapters.ranking.schema import SchemaError, build, read_yaml, with_place
 from hstu_plugin.config import HSTUConfig, Variant
 from hstu_plugin.ranking_config import TokenForm
+from hstu_plugin.schedule import LearningRateSchedule
 
 
 class ModelName(StrEnum):
@@ -39,13 +40,19 @@ class RankSettings:
         form: of an event's tokens; by default interleaved for hstu, summed for the others.
         embedding_dim, num_layers, num_heads, dropout: of the model; dlrm takes the first alone.
         hstu: further fields of `HSTUConfig` (``variant``, ``time_bias``, ...), with a mapping for ``mask``.
-        learned_no_action: as `RankingFeatures`.
+        learned_no_action: as `RankingFeatures`. head_users: as `RankingModel`.
         head_dims, head_dropout: as `RankingConfig`.
         max_history: latest events before a block of candidates that a model sees.
         max_candidates, session_gap: blocks of validation and test (`cut_windows`), the same for all models.
         train_candidates: events of a block in training; by default ``max_candidates``.
         epochs: at most. patience: epochs without a better validation before the training ends.
-        batch_size: windows of a step. learning_rate, weight_decay, warmup_steps, clip_norm: of AdamW.
+        batch_size: windows of a training step. eval_batch_size: windows at once in validation and test, by default
+            ``batch_size``.
+        learning_rate, weight_decay, betas, clip_norm: of AdamW.
+        table_learning_rate, table_weight_decay: those of the embedding tables of features, by default the others'.
+        warmup_steps: in which the learning rates rise. lr_schedule: their course after that, constant, or cosine down
+            to zero at the end of ``epochs``.
+        id_dropout: probability with which training takes a feature's id for unknown, by name (`IdDropout`).
         valid_every: epochs between validations.
     """
 
@@ -57,6 +64,7 @@ class RankSettings:
     dropout: float = 0.1
     hstu: Mapping[str, Any] = field(default_factory=dict)
     learned_no_action: bool = False
+    head_users: bool = False
     head_dims: tuple[int, ...] = (128,)
     head_dropout: float = 0.0
     max_history: int = 100
@@ -66,9 +74,15 @@ class RankSettings:
     epochs: int = 10
     patience: int = 2
     batch_size: int = 256
+    eval_batch_size: int | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    table_learning_rate: float | None = None
+    table_weight_decay: float | None = None
+    betas: tuple[float, ...] = (0.9, 0.999)
     warmup_steps: int = 0
+    lr_schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
+    id_dropout: Mapping[str, float] = field(default_factory=dict)
     clip_norm: float | None = None
     valid_every: int = 1
 
@@ -90,15 +104,25 @@ class RankSettings:
             _at_least(name, getattr(self, name), 1)
         for name in ("max_history", "patience", "warmup_steps"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("session_gap", "train_candidates"):
+        for name in ("session_gap", "train_candidates", "eval_batch_size"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0 if name == "session_gap" else 1)
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate: expected a number > 0, got {self.learning_rate!r}")
+        for name in ("learning_rate", "table_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < float("inf"):
+                raise ValueError(f"{name}: expected a number > 0, got {rate!r}")
+        for name in ("weight_decay", "table_weight_decay"):
+            decay = getattr(self, name)
+            if decay is not None and not 0 <= decay < float("inf"):
+                raise ValueError(f"{name}: expected a number >= 0, got {decay!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas!r}")
+        object.__setattr__(self, "lr_schedule", _one_of(LearningRateSchedule, "lr_schedule", self.lr_schedule))
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm: expected a number > 0 or nothing, got {self.clip_norm!r}")
-        if not isinstance(self.hstu, Mapping):
-            raise ValueError(f"hstu: expected `name: value` lines, got {self.hstu!r}")
+        for name in ("hstu", "id_dropout"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name}: expected `name: value` lines, got {getattr(self, name)!r}")
         self.hstu_config(num_features=0, num_series=0)
 
     @property
@@ -220,7 +244,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain_settings(settings: RankSettings) -> dict[str, Any]:
     """As a mapping of plain values that `RankSettings` takes back."""
-    values = asdict(replace(settings, hstu=dict(settings.hstu)))
+    values = asdict(replace(settings, hstu=dict(settings.hstu), id_dropout=dict(settings.id_dropout)))
     return {key: str(value) if isinstance(value, StrEnum) else value for key, value in values.items()}
 
 
@@ -231,7 +255,7 @@ def from_plain(values: Mapping[str, Any]) -> RankSettings:
 
 def _settings(values: Mapping[str, Any]) -> RankSettings:
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    keep = {name: (lambda value, _: value) for name in ("model", "form", "hstu")}
+    keep = {name: (lambda value, _: value) for name in ("model", "form", "hstu", "lr_schedule", "id_dropout")}
     assert {f.name for f in fields(RankSettings)} >= keep.keys()
     return build(RankSettings, given, "settings", keep)
 
