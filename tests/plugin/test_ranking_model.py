@@ -192,12 +192,13 @@ def test_the_head_may_see_the_users_features(features: RankingFeatures) -> None:
     # The same in cached scoring, and each window reads its own users' row.
     cache = model.ranker.prefill(model.embedding.history(batch.history, batch.users))
     targets = model.embedding.candidates(batch.candidates)
-    assert torch.allclose(model.ranker.decode(targets, cache, context), full, rtol=1e-10, atol=1e-10)
+    cached = model.ranker.decode(targets, cache, context)
+    assert torch.allclose(cached, full, rtol=1e-10, atol=1e-10)
     owners = [0, 0, 0, 0, 1, 1, 3, 3, 3]
     for window in range(4):
         moved = context.clone()
         moved[window] += 1.0
-        differs = (model.ranker.decode(targets, cache, moved) != full).any(1).tolist()
+        differs = (model.ranker.decode(targets, cache, moved) != cached).any(1).tolist()
         assert differs == [owner == window for owner in owners]
     assert rows_that_know_their_own_action(model, batch) == []
     with pytest.raises(ValueError, match=r"context: expected \[B, 16\], got None"):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hstu_plugin.adapters.ranking import report
-from hstu_plugin.adapters.ranking.dataset import RankingData, load
+from hstu_plugin.adapters.ranking.dataset import RankingData, load, without_actions
 from hstu_plugin.adapters.ranking.models import make_model
 from hstu_plugin.adapters.ranking.schema import read_schema
 from hstu_plugin.adapters.ranking.settings import RankSettings, find_recipe, from_plain, read_recipe
@@ -82,6 +82,7 @@ def evaluate(recipe: str, data: Path, folder: Path, *, split: str, device: str) 
     state = read_checkpoint(folder / BEST)
     settings: RankSettings = from_plain({**state["settings"]})
     loaded = load(read_schema(read_recipe(find_recipe(recipe)).schema), data)
+    loaded = without_actions(loaded, settings.without_actions)
     trainer = RankTrainer(
         make_model(settings, loaded), loaded, settings, seed=int(state["seed"]), device=pick_device(device)
     )
@@ -111,6 +112,7 @@ def _run(
     say: Callable[[str], None],
 ) -> report.Record:
     began = time.perf_counter()
+    data = without_actions(data, settings.without_actions)
     torch.manual_seed(seed)
     trainer = RankTrainer(
         make_model(settings, data),

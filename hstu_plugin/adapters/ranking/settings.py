@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,7 @@ from hstu_kernels import AttentionMask
 from hstu_plugin.adapters.ranking.schema import SchemaError, build, read_yaml, with_place
 from hstu_plugin.config import HSTUConfig, Variant
 from hstu_plugin.ranking_config import TokenForm
+from hstu_plugin.ranking_mixture import Channel
 from hstu_plugin.schedule import LearningRateSchedule
 
 
@@ -28,6 +29,7 @@ class ModelName(StrEnum):
     ITEM_MEAN = "item-mean"
 
 
+_SECTIONS = ("hstu", "id_dropout", "channels")
 _TRANSDUCERS = (ModelName.HSTU, ModelName.ULTRA_HSTU)
 
 
@@ -40,6 +42,10 @@ class RankSettings:
         form: of an event's tokens; by default interleaved for hstu, summed for the others.
         embedding_dim, num_layers, num_heads, dropout: of the model; dlrm takes the first alone.
         hstu: further fields of `HSTUConfig` (``variant``, ``time_bias``, ...), with a mapping for ``mask``.
+        without_actions: parts of the actions that histories do not tell, of ``types``, ``intensities``, ``contexts``;
+            measures what they are worth.
+        channels: of a mixture of transducers (ultra-hstu), by name: ``actions`` and ``max_events`` as `Channel`, and
+            ``hstu`` with fields that differ from those of all. Empty: one transducer over all events.
         learned_no_action: as `RankingFeatures`. head_users: as `RankingModel`.
         head_dims, head_dropout: as `RankingConfig`.
         max_history: latest events before a block of candidates that a model sees.
@@ -63,6 +69,8 @@ class RankSettings:
     num_heads: int = 2
     dropout: float = 0.1
     hstu: Mapping[str, Any] = field(default_factory=dict)
+    channels: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    without_actions: tuple[str, ...] = ()
     learned_no_action: bool = False
     head_users: bool = False
     head_dims: tuple[int, ...] = (128,)
@@ -120,10 +128,15 @@ class RankSettings:
         object.__setattr__(self, "lr_schedule", _one_of(LearningRateSchedule, "lr_schedule", self.lr_schedule))
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm: expected a number > 0 or nothing, got {self.clip_norm!r}")
-        for name in ("hstu", "id_dropout"):
+        for name in ("hstu", "id_dropout", "channels"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name}: expected `name: value` lines, got {getattr(self, name)!r}")
         self.hstu_config(num_features=0, num_series=0)
+        if self.channels and (self.model is not ModelName.ULTRA_HSTU or self.token_form is TokenForm.INTERLEAVED):
+            raise ValueError(f"channels: expected none for {self.model} of {self.token_form} tokens, got some")
+        if self.channels and self.head_users:
+            raise ValueError("head_users: expected False for a mixture of transducers, got True")
+        self.mixture(num_features=0, num_series=0)
 
     @property
     def token_form(self) -> TokenForm:
@@ -137,6 +150,21 @@ class RankSettings:
         per_event = (2 if self.token_form is TokenForm.INTERLEAVED else 1) + num_series
         candidates = max(self.max_candidates, self.train_candidates or 0)
         return num_features + per_event * (self.max_history + candidates)
+
+    def mixture(self, *, num_features: int, num_series: int) -> dict[str, tuple[Channel, HSTUConfig]]:
+        """The channels of `MixtureModel`, by name; empty for a single transducer."""
+        channels = {}
+        for name, given in self.channels.items():
+            if not isinstance(given, Mapping):
+                raise ValueError(f"channels, {name}: expected `name: value` lines, got {given!r}")
+            values = dict(given)
+            own = values.pop("hstu", {})
+            if not isinstance(own, Mapping):
+                raise ValueError(f"channels, {name}, hstu: expected `name: value` lines, got {own!r}")
+            config = replace(self, hstu=merge(self.hstu, own), channels={})
+            sizes = config.hstu_config(num_features=num_features, num_series=num_series)
+            channels[name] = build(Channel, values, f"channels, {name}"), sizes
+        return channels
 
     def hstu_config(self, *, num_features: int, num_series: int) -> HSTUConfig:
         """The transducer's configuration for a data set with that many user features and slow series."""
@@ -244,7 +272,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain_settings(settings: RankSettings) -> dict[str, Any]:
     """As a mapping of plain values that `RankSettings` takes back."""
-    values = asdict(replace(settings, hstu=dict(settings.hstu), id_dropout=dict(settings.id_dropout)))
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    values |= {name: merge({}, values[name]) for name in _SECTIONS}
     return {key: str(value) if isinstance(value, StrEnum) else value for key, value in values.items()}
 
 
@@ -255,7 +284,7 @@ def from_plain(values: Mapping[str, Any]) -> RankSettings:
 
 def _settings(values: Mapping[str, Any]) -> RankSettings:
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    keep = {name: (lambda value, _: value) for name in ("model", "form", "hstu", "lr_schedule", "id_dropout")}
+    keep = {name: (lambda value, _: value) for name in ("model", "form", "lr_schedule", *_SECTIONS)}
     assert {f.name for f in fields(RankSettings)} >= keep.keys()
     return build(RankSettings, given, "settings", keep)
 
