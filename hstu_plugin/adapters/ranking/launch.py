@@ -28,7 +28,7 @@ class Request:
         models: names; ``None`` for the recipe's. seeds: each model once for each.
         overrides: settings that win over the recipe. label: of the runs in tables, in place of the model's name.
         device: auto, cpu or cuda. resume: go on from unfinished runs. force: repeat runs made with other settings.
-        show_progress: bars on standard error.
+        show_progress: bars on standard error. commit: of the source, in place of what git says.
     """
 
     recipe: str
@@ -42,6 +42,7 @@ class Request:
     resume: bool = True
     force: bool = False
     show_progress: bool = False
+    commit: str | None = None
 
 
 def execute(request: Request, say: Callable[[str], None] = print) -> list[report.Record]:
@@ -127,7 +128,8 @@ def _run(
         say(f"{folder}: goes on after epoch {trainer.progress.epoch}")
     trainer.fit()
     test = trainer.evaluate("test")
-    record = report.run_record(trainer, label=label, test=test, total_seconds=time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    record = report.run_record(trainer, label=label, test=test, total_seconds=seconds, commit=request.commit)
     write_json(folder / report.RECORD, record)
     if record["history"]:
         report.learning_curve([record], folder / report.CURVE)
