@@ -42,7 +42,8 @@ class MFalconRanker:
 
     Raises:
         TypeError: the ranker is neither, or its tokens may depend on the request.
-        ValueError: the size is neither a number >= 1 nor ``"auto"``, or graphs are asked for without a GPU.
+        ValueError: its head reads more than a candidate's row (``context_width``), the size is neither a number >= 1
+            nor ``"auto"``, or graphs are asked for without a GPU.
     """
 
     def __init__(
@@ -57,6 +58,11 @@ class MFalconRanker:
             raise ValueError(f"micro_batch_size: expected an int >= 1 or 'auto', got {given!r}")
         transducers: dict[str, HSTURanker | Transducer]
         if isinstance(ranker, HSTURanker):
+            if ranker.context_width:
+                raise ValueError(
+                    f"ranker: expected context_width 0, got {ranker.context_width}; its head also reads the user's "
+                    "features, which a cache does not hold: score with ranker.prefill and ranker.decode instead"
+                )
             transducers = {_ONLY: ranker}
         elif isinstance(ranker, MixtureRanker):
             transducers = dict(ranker.mixture.transducers())

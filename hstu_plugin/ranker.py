@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hstu_kernels import JaggedLayout
 from hstu_plugin.config import HSTUConfig
 from hstu_plugin.embedding import SequenceEmbedding
 from hstu_plugin.encoder import HSTUEncoder, KVCache
@@ -52,38 +53,45 @@ class HSTURanker(nn.Module):
     Every candidate is scored as if it stood alone behind the history, so scores do not depend on the other candidates
     of a call. `forward` over ``[contextual | history | targets]`` equals `prefill` of the history and `decode` of any
     part of the targets. Holds no state of a request.
+
+    With ``context_width > 0`` the head reads a vector about the user beside the encoded candidate, such as the user's
+    features (``context [B, context_width]`` of `forward`, `score_rows` and `decode`), which otherwise reach a candidate
+    through attention alone.
     """
 
-    def __init__(self, config: HSTUConfig, ranking: RankingConfig) -> None:
+    def __init__(self, config: HSTUConfig, ranking: RankingConfig, context_width: int = 0) -> None:
         super().__init__()
+        self.context_width = context_width
         self.config = config
         self.ranking = ranking
         self.embedding = SequenceEmbedding(config)
         self.encoder = HSTUEncoder(config)
-        self.head = MultiTaskHead(config.embedding_dim, ranking)
+        self.head = MultiTaskHead(config.embedding_dim + context_width, ranking)
 
-    def forward(self, seq: JaggedSequence) -> Tensor:
+    def forward(self, seq: JaggedSequence, context: Tensor | None = None) -> Tensor:
         """Scores ``[total_targets, num_tasks]``: logits of binary tasks, values of regressions.
 
         Args:
             seq: ``[contextual | history | targets]`` token vectors ``[L, D]``, ``layout.num_targets`` given; timestamps
                 (a target's is its request time) where the config has a time bias.
+            context: ``[B, context_width]``, where the ranker has one.
 
         Raises:
-            ValueError: the layout has no targets.
+            ValueError: the layout has no targets, or the context does not fit.
         """
         if seq.layout.num_targets is None:
             raise ValueError("seq: expected a layout with num_targets, got one without; add candidates first")
         rows: JaggedSequence = self.encoder(self.embedding(seq))
-        scores: Tensor = self.head(rows.targets().values)
-        return scores
+        targets = rows.targets()
+        return self._scores(targets.values, context, targets.layout)
 
-    def score_rows(self, seq: JaggedSequence, rows: Tensor) -> Tensor:
+    def score_rows(self, seq: JaggedSequence, rows: Tensor, context: Tensor | None = None) -> Tensor:
         """Scores at history rows: generative training over interleaved tokens (HSTU, section 2.2).
 
         Args:
             seq: ``[contextual | history]`` token vectors ``[L, D]``.
             rows: ``[R]`` int64, the item rows whose actions are to be predicted.
+            context: as in `forward`.
 
         Returns:
             ``[R, num_tasks]``.
@@ -103,23 +111,25 @@ class HSTURanker(nn.Module):
                 f"seq: the encoder keeps {encoded.values.shape[0]} of {seq.values.shape[0]} rows (attention "
                 "truncation), so history rows cannot be scored; train on candidates behind the history instead"
             )
-        scores: Tensor = self.head(encoded.values[rows])
-        return scores
+        chosen = encoded.values[rows]
+        if self.context_width == 0 and context is None:
+            return self._scores(chosen, None, None)
+        return self._scores(chosen, context, None, seq.layout.sequence_ids(seq.values.shape[0])[rows])
 
     def prefill(self, history: JaggedSequence) -> KVCache:
         """Keys and values of ``[contextual | history]`` token vectors, for any number of `decode` calls."""
         return self.encoder.prefill(self.embedding(history))[1]
 
-    def decode(self, targets: JaggedSequence, cache: KVCache) -> Tensor:
+    def decode(self, targets: JaggedSequence, cache: KVCache, context: Tensor | None = None) -> Tensor:
         """Scores ``[T, num_tasks]`` of candidates against cached histories; equals `forward` over both.
 
         Args:
             targets: token vectors ``[T, D]``, one sequence of candidates, empty or not, for each user of the cache, in
                 the same order; request times as timestamps where the config has a time bias.
             cache: from `prefill`.
+            context: as in `forward`.
         """
-        scores: Tensor = self.head(self.encoder.decode(self.place(targets, cache), cache).values)
-        return scores
+        return self._scores(self.encoder.decode(self.place(targets, cache), cache).values, context, targets.layout)
 
     def place(self, targets: JaggedSequence, cache: KVCache) -> JaggedSequence:
         """The encoder's input for candidates: every one stands at its own history's end."""
@@ -129,3 +139,17 @@ class HSTURanker(nn.Module):
         places = torch.repeat_interleave(ends, targets.layout.seq_lengths, output_size=targets.values.shape[0])
         placed: JaggedSequence = self.embedding(targets, places)
         return placed
+
+    def _scores(
+        self, rows: Tensor, context: Tensor | None, layout: JaggedLayout | None, users: Tensor | None = None
+    ) -> Tensor:
+        if (self.context_width > 0) != (context is not None):
+            expected = f"[B, {self.context_width}]" if self.context_width else "None, as the ranker has none"
+            raise ValueError(f"context: expected {expected}, got {None if context is None else tuple(context.shape)}")
+        if context is not None:
+            if users is None:
+                assert layout is not None
+                users = layout.sequence_ids(rows.shape[0])
+            rows = torch.cat([rows, context[users]], 1)
+        scores: Tensor = self.head(rows)
+        return scores

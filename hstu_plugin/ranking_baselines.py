@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor, nn
 
@@ -23,23 +21,24 @@ class DLRM(WindowRanker):
         super().__init__()
         self.embedding = _summed_embedding(features, width)
         fields = len(features.items) + len(features.users) + len(features.series) + 1
-        self.pairs: list[tuple[int, int]] = list(itertools.combinations(range(fields), 2))
-        self.head = MultiTaskHead(fields * width + len(self.pairs), ranking)
+        left, right = torch.triu_indices(fields, fields, offset=1)
+        self.pairs: Tensor
+        self.register_buffer("pairs", left * fields + right, persistent=False)
+        self.head = MultiTaskHead(fields * width + self.pairs.numel(), ranking)
 
     def forward(self, batch: RankingBatch) -> Tensor:
         """As `WindowRanker.forward`."""
         embedding, history = self.embedding, batch.history
         events = embedding.item_vectors(history) + embedding.actions(history)
         known = [_mean(history.as_sequence(events))]
-        known += [table(batch.users[:, column]) for column, table in enumerate(embedding.users)]
-        known += [table(_latest(history, column)) for column, table in enumerate(embedding.series)]
+        known += embedding.users(batch.users).unbind(1)
+        known += embedding.series(_latest(history)).unbind(1)
         counts, total = batch.candidates.layout.seq_lengths, batch.candidates.items.shape[0]
         fields = [torch.repeat_interleave(rows, counts, dim=0, output_size=total) for rows in known]
-        fields += [table(batch.candidates.items[:, column]) for column, table in enumerate(embedding.items)]
+        fields += embedding.items(batch.candidates.items).unbind(1)
         stacked = torch.stack(fields, 1)
-        products = stacked @ stacked.mT
-        left, right = zip(*self.pairs, strict=True)
-        scores: Tensor = self.head(torch.cat([stacked.flatten(1), products[:, left, right]], 1))
+        products = (stacked @ stacked.mT).flatten(1).index_select(1, self.pairs)
+        scores: Tensor = self.head(torch.cat([stacked.flatten(1), products], 1))
         return scores
 
 
@@ -74,7 +73,7 @@ class PooledAttention(WindowRanker):
     def forward(self, batch: RankingBatch) -> Tensor:
         """As `WindowRanker.forward`."""
         user = self._pooled(self.embedding.history(batch.history))
-        known = [user, *(table(batch.users[:, column]) for column, table in enumerate(self.embedding.users))]
+        known = [user, self.embedding.users(batch.users).flatten(1)]
         shown = self.embedding.candidates(batch.candidates)
         counts, total = shown.layout.seq_lengths, shown.values.shape[0]
         fields = torch.repeat_interleave(torch.cat(known, 1), counts, dim=0, output_size=total)
@@ -140,9 +139,11 @@ def _mean(seq: JaggedSequence) -> Tensor:
     return sums / layout.seq_lengths.clamp(min=1)[:, None]
 
 
-def _latest(events: Events, column: int) -> Tensor:
-    """``[B]``: the value in force at each user's latest event; 0, unknown, without any."""
-    lengths = events.layout.seq_lengths
-    latest = events.series.new_zeros(events.layout.batch_size)
-    known = lengths > 0
-    return latest.index_put((known,), events.series[events.layout.seq_offsets[1:][known] - 1, column])
+def _latest(events: Events) -> Tensor:
+    """``[B, series]``: the values in force at each user's latest event; 0, unknown, without any."""
+    series, known = events.series, events.layout.seq_lengths > 0
+    if not series.shape[0]:
+        return series.new_zeros(known.shape[0], series.shape[1])
+    # A user without events reads some other row, which is then masked.
+    rows = (events.layout.seq_offsets[1:] - 1).clamp(min=0)
+    return series[rows] * known[:, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 
 from hstu_kernels import JaggedLayout
 from hstu_plugin.events import Events, check_events, join_events
+from hstu_plugin.feature_tables import FeatureTables
 from hstu_plugin.jagged_series import compress_runs, concatenate, keep_rows, merge_by_time
-from hstu_plugin.ranking_config import RankingFeatures, TokenForm
+from hstu_plugin.ranking_config import Categorical, RankingFeatures, TokenForm
 from hstu_plugin.sequence import JaggedSequence
 
 _INIT_STD = 0.02
@@ -33,8 +33,11 @@ class ActionEncoder(nn.Module):
         self.shown = nn.Parameter(torch.empty(width))
         self.unknown = nn.Parameter(torch.empty(width))
         # One row more than buckets: row 0 is the missing number.
-        self.intensities = _tables([len(i.boundaries) + 2 for i in features.intensities], width)
-        self.contexts = _tables([c.num_ids for c in features.action_contexts], width)
+        buckets = [Categorical(name=i.name, num_ids=len(i.boundaries) + 2) for i in features.intensities]
+        self.intensities = FeatureTables(buckets, width)
+        self.contexts = FeatureTables(features.action_contexts, width)
+        # Not buffers: a model in half precision would round them.
+        self._bounds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for rows in (self.types, self.shown, self.unknown):
             nn.init.trunc_normal_(rows, std=_INIT_STD)
 
@@ -45,14 +48,21 @@ class ActionEncoder(nn.Module):
         places = torch.arange(self.types.shape[0], device=types.device)
         bits = (types.clamp(min=0)[:, None] >> places) & 1
         vector = self.shown + bits.to(self.types.dtype) @ self.types
-        for column, (feature, table) in enumerate(zip(self.features.intensities, self.intensities, strict=True)):
-            numbers = events.intensities[:, column].contiguous()
-            bounds = torch.tensor(feature.boundaries, dtype=numbers.dtype, device=numbers.device)
-            buckets = torch.bucketize(numbers, bounds, right=True) + 1
-            vector = vector + table(buckets.masked_fill(numbers.isnan(), 0))
-        for part in _looked_up(self.contexts, events.action_contexts):
-            vector = vector + part
+        if self.features.intensities:
+            vector = vector + self.intensities(self._buckets(events.intensities)).sum(1)
+        if self.features.action_contexts:
+            vector = vector + self.contexts(events.action_contexts).sum(1)
         return torch.where((types >= 0)[:, None], vector, self.unknown)
+
+    def _buckets(self, numbers: Tensor) -> Tensor:
+        """``[E, intensities]``: 0 for a missing number, buckets from 1."""
+        key = (numbers.device, numbers.dtype)
+        if key not in self._bounds:
+            rows = [feature.boundaries for feature in self.features.intensities]
+            self._bounds[key] = [torch.tensor(row, dtype=numbers.dtype, device=numbers.device) for row in rows]
+        columns = numbers.t().contiguous()
+        buckets = [torch.bucketize(own, row, right=True) for own, row in zip(columns, self._bounds[key], strict=True)]
+        return (torch.stack(buckets, 1) + 1).masked_fill(numbers.isnan(), 0)
 
 
 class RankingEmbedding(nn.Module):
@@ -66,10 +76,10 @@ class RankingEmbedding(nn.Module):
         super().__init__()
         self.features = features
         self.width = width
-        self.items = _tables([f.num_ids for f in features.items], width)
+        self.items = FeatureTables(features.items, width)
         self.actions = ActionEncoder(features, width)
-        self.users = _tables([f.num_ids for f in features.users], width)
-        self.series = _tables([f.num_ids for f in features.series], width)
+        self.users = FeatureTables(features.users, width)
+        self.series = FeatureTables(features.series, width)
         self.no_action: nn.Parameter | None = None
         if features.learned_no_action:
             self.no_action = nn.Parameter(torch.zeros(width))
@@ -127,16 +137,15 @@ class RankingEmbedding(nn.Module):
     def item_vectors(self, events: Events) -> Tensor:
         """``[E, D]``: the item features, summed."""
         check_events(events, self.features, actions=False)
-        first, *others = _looked_up(self.items, events.items)
-        return sum(others, start=first)
+        summed: Tensor = self.items(events.items).sum(1)
+        return summed
 
     def contextual(self, users: Tensor) -> JaggedSequence:
         """The contextual tokens, one for each user feature; ``users [B, user features]`` int64 ids."""
         wanted = (users.shape[0], len(self.users))
         if users.shape != wanted:
             raise ValueError(f"users: expected [B, {wanted[1]}] ids, got {tuple(users.shape)}")
-        vectors = _looked_up(self.users, users)
-        values = torch.stack(vectors, 1).flatten(0, 1) if vectors else self.actions.shown.new_zeros(0, self.width)
+        values = self.users(users).flatten(0, 1)
         lengths = torch.full((users.shape[0],), len(self.users), device=users.device)
         layout = JaggedLayout.from_lengths(lengths, max_seq_len=len(self.users))
         return JaggedSequence(values, layout, users.new_full((values.shape[0],), _CONTEXTUAL_TIME))
@@ -155,10 +164,10 @@ class RankingEmbedding(nn.Module):
         if not self.features.series:
             return tokens, torch.arange(tokens.values.shape[0], device=tokens.values.device)
         parts = []
-        for column, table in enumerate(self.series):
+        for column in range(len(self.series)):
             ids = source.series[:, column]
             kept = keep_rows(source.as_sequence(ids), compress_runs(ids, source.layout))
-            parts.append(kept.with_values(table(kept.values)))
+            parts.append(kept.with_values(self.series.one(column, kept.values)))
         merged, places = merge_by_time([*parts, tokens])
         return merged, places[-1]
 
@@ -181,16 +190,3 @@ def with_targets(history: JaggedSequence, targets: JaggedSequence) -> JaggedSequ
     joined, _ = concatenate([bare, targets])
     layout = replace(joined.layout, num_targets=targets.layout.seq_lengths, contextual_seq_len=context)
     return replace(joined, layout=layout)
-
-
-def _tables(sizes: Sequence[int], width: int) -> nn.ModuleList:
-    tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
-    for table in tables:
-        nn.init.trunc_normal_(table.weight, std=_INIT_STD)  # type: ignore[arg-type]
-        # Row 0 stands for what is unknown, often never seen in training.
-        nn.init.zeros_(table.weight[0])  # type: ignore[index]
-    return tables
-
-
-def _looked_up(tables: nn.ModuleList, ids: Tensor) -> list[Tensor]:
-    return [table(ids[:, column]) for column, table in enumerate(tables)]

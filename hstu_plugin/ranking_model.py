@@ -74,12 +74,17 @@ class RankingModel(WindowRanker):
     Training on summed tokens scores candidates as in use, behind the history in item form. Training on interleaved
     tokens takes history and candidates as one series in one pass, so that every candidate also has the actions before
     it.
+
+    ``head_users`` gives the head the vectors of the user's features beside the encoded candidate.
     """
 
-    def __init__(self, features: RankingFeatures, config: HSTUConfig, ranking: RankingConfig) -> None:
+    def __init__(
+        self, features: RankingFeatures, config: HSTUConfig, ranking: RankingConfig, *, head_users: bool = False
+    ) -> None:
         super().__init__()
         self.embedding = RankingEmbedding(features, config.embedding_dim)
-        self.ranker = HSTURanker(config, ranking)
+        self.head_users = head_users and len(features.users) > 0
+        self.ranker = HSTURanker(config, ranking, len(features.users) * config.embedding_dim if head_users else 0)
 
     @property
     def head(self) -> MultiTaskHead:  # type: ignore[override]
@@ -87,12 +92,17 @@ class RankingModel(WindowRanker):
 
     def forward(self, batch: RankingBatch) -> Tensor:
         """As `WindowRanker.forward`."""
-        scores: Tensor = self.ranker(self.embedding.scoring(batch.history, batch.candidates, batch.users))
+        tokens = self.embedding.scoring(batch.history, batch.candidates, batch.users)
+        scores: Tensor = self.ranker(tokens, self.context(batch.users))
         return scores
+
+    def context(self, users: Tensor) -> Tensor | None:
+        """``[B, context_width]`` for the head from ``users [B, user features]``; ``None`` without ``head_users``."""
+        return self.embedding.users(users).flatten(1) if self.head_users else None
 
     def training_scores(self, batch: RankingBatch) -> Tensor:
         """As `WindowRanker.training_scores`."""
         if self.embedding.features.form is TokenForm.SUMMED:
             return super().training_scores(batch)
         seq, rows = self.embedding.generative(batch.history, batch.candidates, batch.users)
-        return self.ranker.score_rows(seq, rows)
+        return self.ranker.score_rows(seq, rows, self.context(batch.users))

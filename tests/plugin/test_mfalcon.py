@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from hstu_kernels import AttentionMask, JaggedLayout
+from hstu_plugin.config import HSTUConfig
 from hstu_plugin.embedding import SequenceEmbedding
 from hstu_plugin.mfalcon import MFalconRanker
 from hstu_plugin.micro_batches import auto_size
+from hstu_plugin.ranker import HSTURanker
 from hstu_plugin.sequence import JaggedSequence
 
 from .mfalcon_cases import (
     CONTEXT,
     KINDS,
     MIXTURE,
+    RANKING,
     TAIL,
     WIDTH,
     Histories,
@@ -302,6 +305,8 @@ def test_the_automatic_size_follows_the_memory() -> None:
 def test_other_models_are_refused() -> None:
     with pytest.raises(TypeError, match=r"^ranker: expected an HSTURanker or a MixtureRanker, got Linear"):
         MFalconRanker(torch.nn.Linear(2, 2), micro_batch_size=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^ranker: expected context_width 0, got 3"):
+        MFalconRanker(HSTURanker(HSTUConfig(), RANKING, context_width=3).eval(), micro_batch_size=4)
 
 
 def test_calls_that_do_not_fit() -> None:

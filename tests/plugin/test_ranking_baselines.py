@@ -83,15 +83,15 @@ def test_dlrm_reads_every_field_and_every_pair_of_them() -> None:
     embedding, history, row = model.embedding, batch.history, 5  # a candidate of the window without history
     assert history.layout.seq_lengths[1] == 0
     fields = [torch.zeros(8, dtype=torch.float64)]
-    fields += [table.weight[batch.users[1, k]] for k, table in enumerate(embedding.users)]
-    fields += [embedding.series[0].weight[0]]
-    fields += [table.weight[batch.candidates.items[row, k]] for k, table in enumerate(embedding.items)]
+    fields += [embedding.users.table(k)[batch.users[1, k]] for k in range(2)]
+    fields += [embedding.series.table(0)[0]]
+    fields += [embedding.items.table(k)[batch.candidates.items[row, k]] for k in range(2)]
     products = [a @ b for i, a in enumerate(fields) for b in fields[i + 1 :]]
     assert torch.allclose(seen[0][row], torch.cat([*fields, torch.stack(products)]))
     # A window with history: the mean of its events, and the latest value of the series.
     events = embedding.item_vectors(history) + embedding.actions(history)
     assert torch.allclose(seen[0][0, :8], events[:6].mean(0))
-    assert torch.equal(seen[0][0, 24:32], embedding.series[0].weight[history.series[5, 0]])
+    assert torch.equal(seen[0][0, 24:32], embedding.series.table(0)[history.series[5, 0]])
 
 
 @both

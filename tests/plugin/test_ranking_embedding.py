@@ -47,7 +47,7 @@ def test_an_action_is_the_sum_of_its_bits_bucket_and_context(bits: int, watched:
     event = one_event(
         action_types=torch.tensor([bits]), intensities=torch.tensor([[watched]]), action_contexts=torch.tensor([[3]])
     )
-    expected = encoder.shown + encoder.intensities[0].weight[bucket] + encoder.contexts[0].weight[3]
+    expected = encoder.shown + encoder.intensities.table(0)[bucket] + encoder.contexts.table(0)[3]
     for place in range(3):
         if bits >> place & 1:
             expected = expected + encoder.types[place]
@@ -75,14 +75,14 @@ def test_summed_tokens() -> None:
     assert tokens.layout.seq_lengths.tolist() == [5, 2, 4] and tokens.layout.contextual_seq_len == 2
     expected = embedding.item_vectors(events) + embedding.actions(events)
     assert torch.equal(tokens.values[[2, 3, 4, 9, 10]], expected)
-    assert torch.equal(tokens.values[6], embedding.users[1].weight[0])
+    assert torch.equal(tokens.values[6], embedding.users.table(1)[0])
     assert tokens.timestamps is not None and events.timestamps is not None
     assert tokens.timestamps[[0, 1, 5, 6, 7, 8]].tolist() == [0] * 6
     assert torch.equal(tokens.timestamps[[2, 3, 4, 9, 10]], events.timestamps)
     # New events of a cached history bring no contextual tokens.
     assert torch.equal(embedding.history(events).values, expected)
     items = embedding.items
-    summed = items[0].weight[events.items[:, 0]] + items[1].weight[events.items[:, 1]]
+    summed = items.table(0)[events.items[:, 0]] + items.table(1)[events.items[:, 1]]
     assert torch.equal(embedding.candidates(events).values, summed)
 
 
@@ -111,7 +111,7 @@ def test_slow_series_stand_before_the_event_that_first_has_them() -> None:
     embedding, events = RankingEmbedding(features, 8), make_events([4, 2], features)
     events.series[:, 0] = torch.tensor([1, 1, 2, 2, 2, 1])
     tokens = embedding.history(events)
-    main, city = embedding.item_vectors(events) + embedding.actions(events), embedding.series[0].weight
+    main, city = embedding.item_vectors(events) + embedding.actions(events), embedding.series.table(0)
     expected = torch.stack([city[1], main[0], main[1], city[2], main[2], main[3], city[2], main[4], city[1], main[5]])
     assert torch.equal(tokens.values, expected)
     assert tokens.layout.seq_lengths.tolist() == [6, 4]

@@ -16,7 +16,7 @@ from hstu_plugin.ranking_embedding import RankingEmbedding, with_targets
 from hstu_plugin.ranking_model import RankingBatch, RankingModel
 from hstu_plugin.sequence import JaggedSequence
 
-from .ranking_cases import make_batch, make_features, make_model
+from .ranking_cases import RANKING, make_batch, make_features, make_model
 
 FORMS = {
     "summed": make_features(),
@@ -175,3 +175,33 @@ def test_a_batch_that_does_not_fit_is_refused() -> None:
 
 def test_form_is_read_from_text() -> None:
     assert make_features(form="interleaved").form is TokenForm.INTERLEAVED
+
+
+@every_form
+def test_the_head_may_see_the_users_features(features: RankingFeatures) -> None:
+    plain = make_model(features)
+    torch.manual_seed(0)
+    model = RankingModel(features, plain.ranker.config, RANKING, head_users=True).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.7)
+    batch = make_batch(features)
+    context = model.context(batch.users)
+    assert context is not None and context.shape == (4, 2 * 8)
+    full = model(batch)
+    # The same in cached scoring, and each window reads its own users' row.
+    cache = model.ranker.prefill(model.embedding.history(batch.history, batch.users))
+    targets = model.embedding.candidates(batch.candidates)
+    cached = model.ranker.decode(targets, cache, context)
+    assert torch.allclose(cached, full, rtol=1e-10, atol=1e-10)
+    owners = [0, 0, 0, 0, 1, 1, 3, 3, 3]
+    for window in range(4):
+        moved = context.clone()
+        moved[window] += 1.0
+        differs = (model.ranker.decode(targets, cache, moved) != cached).any(1).tolist()
+        assert differs == [owner == window for owner in owners]
+    assert rows_that_know_their_own_action(model, batch) == []
+    with pytest.raises(ValueError, match=r"context: expected \[B, 16\], got None"):
+        model.ranker.decode(targets, cache)
+    with pytest.raises(ValueError, match="context: expected None, as the ranker has none"):
+        plain.ranker(plain.embedding.scoring(batch.history, batch.candidates, batch.users), context)

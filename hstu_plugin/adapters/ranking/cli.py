@@ -61,6 +61,7 @@ def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tu
 @_device
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the last finished epoch.")
 @click.option("--force", is_flag=True, help="Repeat runs that were made with other settings.")
+@click.option("--commit", help="Commit to record.  [default: what git says]")
 @click.option(
     "--progress/--no-progress",
     default=lambda: sys.stderr.isatty(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hstu_plugin.ranking_config import Categorical, Intensity, RankingFeatures, 
 from hstu_plugin.ranking_windows import EventLog
 
 PAST, TRAIN, VALID, TEST = 0, 1, 2, 3
+ACTION_PARTS = ("types", "intensities", "contexts")
 ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}
 
 
@@ -101,6 +103,28 @@ def load(schema: Schema, directory: Path) -> RankingData:
                 if not count:
                     raise DataError(f"{table.path}: no train event has a label of task {task.name}")
     return RankingData(name=schema.name, log=log, features=features, tasks=tasks, facts=facts)
+
+
+def without_actions(data: RankingData, parts: Collection[str]) -> RankingData:
+    """The data with parts of the actions left out of the history, to measure what they are worth; labels stay.
+
+    Args:
+        parts: of ``types``, ``intensities``, ``contexts``. Without types an event still tells that it was shown.
+    """
+    unknown = sorted(set(parts) - set(ACTION_PARTS))
+    if unknown:
+        raise ValueError(f"without_actions: expected names among {', '.join(ACTION_PARTS)}, got {unknown[0]!r}")
+    events, features = data.log.events, data.features
+    if "types" in parts:
+        # -1, nobody knows, stays.
+        events = replace(events, action_types=events.action_types.clamp(max=0))
+        features = replace(features, action_types=())
+    if "intensities" in parts:
+        events, features = replace(events, intensities=events.intensities[:, :0]), replace(features, intensities=())
+    if "contexts" in parts:
+        none = events.action_contexts[:, :0]
+        events, features = replace(events, action_contexts=none), replace(features, action_contexts=())
+    return replace(data, log=replace(data.log, events=events), features=features)
 
 
 def _ordered(schema: Schema, table: Table, directory: Path) -> tuple[_Rows, int]:

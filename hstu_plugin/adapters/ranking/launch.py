@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hstu_plugin.adapters.ranking import report
-from hstu_plugin.adapters.ranking.dataset import RankingData, load
+from hstu_plugin.adapters.ranking.dataset import RankingData, load, without_actions
 from hstu_plugin.adapters.ranking.models import make_model
 from hstu_plugin.adapters.ranking.schema import read_schema
 from hstu_plugin.adapters.ranking.settings import RankSettings, find_recipe, from_plain, read_recipe
@@ -28,7 +28,7 @@ class Request:
         models: names; ``None`` for the recipe's. seeds: each model once for each.
         overrides: settings that win over the recipe. label: of the runs in tables, in place of the model's name.
         device: auto, cpu or cuda. resume: go on from unfinished runs. force: repeat runs made with other settings.
-        show_progress: bars on standard error.
+        show_progress: bars on standard error. commit: of the source, in place of what git says.
     """
 
     recipe: str
@@ -42,6 +42,7 @@ class Request:
     resume: bool = True
     force: bool = False
     show_progress: bool = False
+    commit: str | None = None
 
 
 def execute(request: Request, say: Callable[[str], None] = print) -> list[report.Record]:
@@ -82,6 +83,7 @@ def evaluate(recipe: str, data: Path, folder: Path, *, split: str, device: str) 
     state = read_checkpoint(folder / BEST)
     settings: RankSettings = from_plain({**state["settings"]})
     loaded = load(read_schema(read_recipe(find_recipe(recipe)).schema), data)
+    loaded = without_actions(loaded, settings.without_actions)
     trainer = RankTrainer(
         make_model(settings, loaded), loaded, settings, seed=int(state["seed"]), device=pick_device(device)
     )
@@ -111,6 +113,7 @@ def _run(
     say: Callable[[str], None],
 ) -> report.Record:
     began = time.perf_counter()
+    data = without_actions(data, settings.without_actions)
     torch.manual_seed(seed)
     trainer = RankTrainer(
         make_model(settings, data),
@@ -125,7 +128,8 @@ def _run(
         say(f"{folder}: goes on after epoch {trainer.progress.epoch}")
     trainer.fit()
     test = trainer.evaluate("test")
-    record = report.run_record(trainer, label=label, test=test, total_seconds=time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    record = report.run_record(trainer, label=label, test=test, total_seconds=seconds, commit=request.commit)
     write_json(folder / report.RECORD, record)
     if record["history"]:
         report.learning_curve([record], folder / report.CURVE)

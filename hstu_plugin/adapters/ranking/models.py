@@ -8,6 +8,7 @@ from hstu_plugin.adapters.ranking.dataset import TRAIN, RankingData
 from hstu_plugin.adapters.ranking.settings import ModelName, RankSettings
 from hstu_plugin.ranking_baselines import DLRM, ItemMean, PooledAttention
 from hstu_plugin.ranking_config import RankingConfig
+from hstu_plugin.ranking_mixture import MixtureModel
 from hstu_plugin.ranking_model import RankingModel, WindowRanker
 
 
@@ -35,7 +36,11 @@ def make_model(settings: RankSettings, data: RankingData) -> WindowRanker:
         )
     else:
         features = replace(features, form=settings.token_form, learned_no_action=settings.learned_no_action)
-        config = settings.hstu_config(num_features=len(features.users), num_series=len(features.series))
-        model = RankingModel(features, config, ranking)
+        sizes = {"num_features": len(features.users), "num_series": len(features.series)}
+        channels = settings.mixture(**sizes)
+        if channels:
+            model = MixtureModel(features, channels, ranking)
+        else:
+            model = RankingModel(features, settings.hstu_config(**sizes), ranking, head_users=settings.head_users)
     model.head.start_from(log.labels[train].nanmean(0))
     return model

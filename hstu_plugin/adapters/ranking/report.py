@@ -39,9 +39,11 @@ def asked(settings: RankSettings, seed: int) -> Record:
     return {"settings": plain(plain_settings(settings)), "seed": seed}
 
 
-def run_record(trainer: RankTrainer, *, label: str, test: Mapping[str, Any], total_seconds: float) -> Record:
-    """The record of a finished run."""
-    progress, settings, commit = trainer.progress, trainer.settings, source_commit()
+def run_record(
+    trainer: RankTrainer, *, label: str, test: Mapping[str, Any], total_seconds: float, commit: str | None = None
+) -> Record:
+    """The record of a finished run; ``commit`` by default as git says."""
+    progress, settings, commit = trainer.progress, trainer.settings, commit or source_commit()
     times = [float(epoch["train_seconds"]) for epoch in progress.history]
     return {
         "format": RUN_FORMAT,

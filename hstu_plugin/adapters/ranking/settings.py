@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,8 @@ from hstu_kernels import AttentionMask
 from hstu_plugin.adapters.ranking.schema import SchemaError, build, read_yaml, with_place
 from hstu_plugin.config import HSTUConfig, Variant
 from hstu_plugin.ranking_config import TokenForm
+from hstu_plugin.ranking_mixture import Channel
+from hstu_plugin.schedule import LearningRateSchedule
 
 
 class ModelName(StrEnum):
@@ -27,6 +29,7 @@ class ModelName(StrEnum):
     ITEM_MEAN = "item-mean"
 
 
+_SECTIONS = ("hstu", "id_dropout", "channels")
 _TRANSDUCERS = (ModelName.HSTU, ModelName.ULTRA_HSTU)
 
 
@@ -39,13 +42,23 @@ class RankSettings:
         form: of an event's tokens; by default interleaved for hstu, summed for the others.
         embedding_dim, num_layers, num_heads, dropout: of the model; dlrm takes the first alone.
         hstu: further fields of `HSTUConfig` (``variant``, ``time_bias``, ...), with a mapping for ``mask``.
-        learned_no_action: as `RankingFeatures`.
+        without_actions: parts of the actions that histories do not tell, of ``types``, ``intensities``, ``contexts``;
+            measures what they are worth.
+        channels: of a mixture of transducers (ultra-hstu), by name: ``actions`` and ``max_events`` as `Channel`, and
+            ``hstu`` with fields that differ from those of all. Empty: one transducer over all events.
+        learned_no_action: as `RankingFeatures`. head_users: as `RankingModel`.
         head_dims, head_dropout: as `RankingConfig`.
         max_history: latest events before a block of candidates that a model sees.
         max_candidates, session_gap: blocks of validation and test (`cut_windows`), the same for all models.
         train_candidates: events of a block in training; by default ``max_candidates``.
         epochs: at most. patience: epochs without a better validation before the training ends.
-        batch_size: windows of a step. learning_rate, weight_decay, warmup_steps, clip_norm: of AdamW.
+        batch_size: windows of a training step. eval_batch_size: windows at once in validation and test, by default
+            ``batch_size``.
+        learning_rate, weight_decay, betas, clip_norm: of AdamW.
+        table_learning_rate, table_weight_decay: those of the embedding tables of features, by default the others'.
+        warmup_steps: in which the learning rates rise. lr_schedule: their course after that, constant, or cosine down
+            to zero at the end of ``epochs``.
+        id_dropout: probability with which training takes a feature's id for unknown, by name (`IdDropout`).
         valid_every: epochs between validations.
     """
 
@@ -56,7 +69,10 @@ class RankSettings:
     num_heads: int = 2
     dropout: float = 0.1
     hstu: Mapping[str, Any] = field(default_factory=dict)
+    channels: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    without_actions: tuple[str, ...] = ()
     learned_no_action: bool = False
+    head_users: bool = False
     head_dims: tuple[int, ...] = (128,)
     head_dropout: float = 0.0
     max_history: int = 100
@@ -66,9 +82,15 @@ class RankSettings:
     epochs: int = 10
     patience: int = 2
     batch_size: int = 256
+    eval_batch_size: int | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    table_learning_rate: float | None = None
+    table_weight_decay: float | None = None
+    betas: tuple[float, ...] = (0.9, 0.999)
     warmup_steps: int = 0
+    lr_schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
+    id_dropout: Mapping[str, float] = field(default_factory=dict)
     clip_norm: float | None = None
     valid_every: int = 1
 
@@ -90,16 +112,31 @@ class RankSettings:
             _at_least(name, getattr(self, name), 1)
         for name in ("max_history", "patience", "warmup_steps"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("session_gap", "train_candidates"):
+        for name in ("session_gap", "train_candidates", "eval_batch_size"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0 if name == "session_gap" else 1)
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate: expected a number > 0, got {self.learning_rate!r}")
+        for name in ("learning_rate", "table_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < float("inf"):
+                raise ValueError(f"{name}: expected a number > 0, got {rate!r}")
+        for name in ("weight_decay", "table_weight_decay"):
+            decay = getattr(self, name)
+            if decay is not None and not 0 <= decay < float("inf"):
+                raise ValueError(f"{name}: expected a number >= 0, got {decay!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas!r}")
+        object.__setattr__(self, "lr_schedule", _one_of(LearningRateSchedule, "lr_schedule", self.lr_schedule))
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm: expected a number > 0 or nothing, got {self.clip_norm!r}")
-        if not isinstance(self.hstu, Mapping):
-            raise ValueError(f"hstu: expected `name: value` lines, got {self.hstu!r}")
+        for name in ("hstu", "id_dropout", "channels"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name}: expected `name: value` lines, got {getattr(self, name)!r}")
         self.hstu_config(num_features=0, num_series=0)
+        if self.channels and (self.model is not ModelName.ULTRA_HSTU or self.token_form is TokenForm.INTERLEAVED):
+            raise ValueError(f"channels: expected none for {self.model} of {self.token_form} tokens, got some")
+        if self.channels and self.head_users:
+            raise ValueError("head_users: expected False for a mixture of transducers, got True")
+        self.mixture(num_features=0, num_series=0)
 
     @property
     def token_form(self) -> TokenForm:
@@ -113,6 +150,21 @@ class RankSettings:
         per_event = (2 if self.token_form is TokenForm.INTERLEAVED else 1) + num_series
         candidates = max(self.max_candidates, self.train_candidates or 0)
         return num_features + per_event * (self.max_history + candidates)
+
+    def mixture(self, *, num_features: int, num_series: int) -> dict[str, tuple[Channel, HSTUConfig]]:
+        """The channels of `MixtureModel`, by name; empty for a single transducer."""
+        channels = {}
+        for name, given in self.channels.items():
+            if not isinstance(given, Mapping):
+                raise ValueError(f"channels, {name}: expected `name: value` lines, got {given!r}")
+            values = dict(given)
+            own = values.pop("hstu", {})
+            if not isinstance(own, Mapping):
+                raise ValueError(f"channels, {name}, hstu: expected `name: value` lines, got {own!r}")
+            config = replace(self, hstu=merge(self.hstu, own), channels={})
+            sizes = config.hstu_config(num_features=num_features, num_series=num_series)
+            channels[name] = build(Channel, values, f"channels, {name}"), sizes
+        return channels
 
     def hstu_config(self, *, num_features: int, num_series: int) -> HSTUConfig:
         """The transducer's configuration for a data set with that many user features and slow series."""
@@ -220,7 +272,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain_settings(settings: RankSettings) -> dict[str, Any]:
     """As a mapping of plain values that `RankSettings` takes back."""
-    values = asdict(replace(settings, hstu=dict(settings.hstu)))
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    values |= {name: merge({}, values[name]) for name in _SECTIONS}
     return {key: str(value) if isinstance(value, StrEnum) else value for key, value in values.items()}
 
 
@@ -231,7 +284,7 @@ def from_plain(values: Mapping[str, Any]) -> RankSettings:
 
 def _settings(values: Mapping[str, Any]) -> RankSettings:
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    keep = {name: (lambda value, _: value) for name in ("model", "form", "hstu")}
+    keep = {name: (lambda value, _: value) for name in ("model", "form", "lr_schedule", *_SECTIONS)}
     assert {f.name for f in fields(RankSettings)} >= keep.keys()
     return build(RankSettings, given, "settings", keep)
 

@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hstu_plugin.adapters.ranking.dataset import ROLES, RankingData
 from hstu_plugin.adapters.ranking.metrics import task_metrics
 from hstu_plugin.adapters.ranking.settings import RankSettings, plain_settings
+from hstu_plugin.feature_tables import FeatureTables
+from hstu_plugin.ranking_dropout import IdDropout
 from hstu_plugin.ranking_losses import multi_task_loss
 from hstu_plugin.ranking_model import WindowRanker
 from hstu_plugin.ranking_windows import EventLog, Windows, cut_windows, window_batch
 from hstu_plugin.records import plain, write_checkpoint
+from hstu_plugin.schedule import LearningRateSchedule, rate_factor
 
 FORMAT = 1
 BEST, LAST = "best.pt", "last.pt"
@@ -81,13 +83,11 @@ class RankTrainer:
         self.log = EventLog(log.events.to(device), log.users.to(device), log.labels.to(device), log.roles.to(device))
         self.progress = Progress()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.drop_ids = IdDropout(data.features, settings.id_dropout)
         self.optimizer: torch.optim.Optimizer | None = None
         if self.trainable:
             self.optimizer = torch.optim.AdamW(
-                self.trainable,
-                lr=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                fused=device.type == "cuda",
+                _groups(model, settings), betas=(settings.betas[0], settings.betas[1]), fused=device.type == "cuda"
             )
 
     def windows(self, split: str, *, training: bool = False) -> Windows:
@@ -139,12 +139,13 @@ class RankTrainer:
         self.model.eval()
         predictions, labels, users = [], [], []
         with torch.inference_mode():
-            for part in self._batches(torch.arange(len(windows)), windows, split):
+            size = self.settings.eval_batch_size or self.settings.batch_size
+            for part in self._batches(torch.arange(len(windows)), windows, split, size):
                 batch = window_batch(self.log, part, self.device)
-                predictions.append(self.model.head.predictions(self.model(batch)).float().cpu())
-                labels.append(batch.labels.cpu())
+                predictions.append(self.model.head.predictions(self.model(batch)).float())
+                labels.append(batch.labels)
                 users.append(torch.repeat_interleave(part.user, part.end - part.first))
-        columns = [np.asarray(torch.cat(parts)) for parts in (labels, predictions, users)]
+        columns = [torch.cat(parts).cpu().numpy() for parts in (labels, predictions, users)]
         return task_metrics(self.data.tasks, *columns)
 
     def resume(self) -> bool:
@@ -186,13 +187,13 @@ class RankTrainer:
         tasks = len(self.data.tasks)
         sums, counts = (torch.zeros(tasks, dtype=torch.float64, device=self.device) for _ in range(2))
         steps = math.ceil(len(windows) / settings.batch_size)
-        step = (epoch - 1) * steps
-        for part in self._batches(order, windows, f"epoch {epoch}"):
-            batch = window_batch(self.log, part, self.device)
+        step, total_steps = (epoch - 1) * steps, settings.epochs * steps
+        for part in self._batches(order, windows, f"epoch {epoch}", settings.batch_size):
+            batch = self.drop_ids(window_batch(self.log, part, self.device))
             loss, parts = multi_task_loss(model.training_scores(batch), batch.labels, model.head.ranking)
-            warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+            factor = rate_factor(settings.lr_schedule, step, settings.warmup_steps, total_steps)
             for group in self.optimizer.param_groups:
-                group["lr"] = settings.learning_rate * warm
+                group["lr"] = group["full_lr"] * factor
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             if settings.clip_norm is not None:
@@ -204,8 +205,8 @@ class RankTrainer:
             step += 1
         return (sums / counts.clamp(min=1)).cpu()
 
-    def _batches(self, order: Tensor, windows: Windows, title: str) -> Any:
-        parts = torch.split(order, self.settings.batch_size)
+    def _batches(self, order: Tensor, windows: Windows, title: str, size: int) -> Any:
+        parts = torch.split(order, size)
         shown = tqdm(parts, desc=title, leave=False, disable=not self.show_progress, dynamic_ncols=True)
         return (windows.take(rows) for rows in shown)
 
@@ -215,7 +216,11 @@ class RankTrainer:
         return progress.best_epoch is not None and since > self.settings.patience * self.settings.valid_every
 
     def _identity(self) -> dict[str, Any]:
-        settings = {k: v for k, v in plain(plain_settings(self.settings)).items() if k not in ("epochs", "patience")}
+        free = {"patience"}
+        # A schedule runs over all epochs: with another number of them the same epoch is another one.
+        if self.settings.lr_schedule is LearningRateSchedule.CONSTANT:
+            free.add("epochs")
+        settings = {k: v for k, v in plain(plain_settings(self.settings)).items() if k not in free}
         return {"settings": settings, "data": plain(self.data.facts), "seed": self.seed}
 
     def _save(self, name: str, state: Mapping[str, Any]) -> None:
@@ -224,6 +229,21 @@ class RankTrainer:
         self.directory.mkdir(parents=True, exist_ok=True)
         own = {"format": FORMAT, "epoch": self.progress.epoch, "progress": vars(self.progress), **self._identity()}
         write_checkpoint({**own, **state}, self.directory / name)
+
+
+def _groups(model: nn.Module, settings: RankSettings) -> list[dict[str, Any]]:
+    """The tables of features, and everything else."""
+    inside = {id(p) for part in model.modules() if isinstance(part, FeatureTables) for p in part.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rates = settings.learning_rate, settings.table_learning_rate or settings.learning_rate
+    tables_decay = settings.table_weight_decay
+    decays = settings.weight_decay, settings.weight_decay if tables_decay is None else tables_decay
+    groups = []
+    for tables, rate, decay in zip((False, True), rates, decays, strict=True):
+        own = [p for p in trained if (id(p) in inside) == tables]
+        if own:
+            groups.append({"params": own, "lr": rate, "full_lr": rate, "weight_decay": decay})
+    return groups
 
 
 def valid_score(data: RankingData, metrics: Metrics) -> float:

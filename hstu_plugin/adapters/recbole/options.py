@@ -9,8 +9,8 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from hstu_kernels import AttentionMask
-from hstu_plugin.adapters.recbole.schedule import LearningRateSchedule
 from hstu_plugin.config import HSTUConfig, LossType, RetrievalConfig
+from hstu_plugin.schedule import LearningRateSchedule
 from hstu_plugin.ultra.stochastic_length import StochasticLengthConfig
 
 C = TypeVar("C")

@@ -24,7 +24,7 @@ from hstu_plugin.adapters.recbole.checkpoint import (
 )
 from hstu_plugin.adapters.recbole.options import run_options
 from hstu_plugin.adapters.recbole.register import refuse_multi_gpu
-from hstu_plugin.adapters.recbole.schedule import LearningRateSchedule, follow_schedule
+from hstu_plugin.schedule import LearningRateSchedule, follow_schedule
 
 EpochRecord = dict[str, Any]
 

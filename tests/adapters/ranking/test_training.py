@@ -65,6 +65,63 @@ def test_a_resumed_run_equals_an_unbroken_one(recipe: Path, data_dir: Path, tmp_
     assert resumed["test"] == whole["test"] and resumed["epochs"] == 4
 
 
+def test_with_a_schedule_the_number_of_epochs_belongs_to_the_run(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    options = {"lr_schedule": "cosine", "warmup_steps": 3, "id_dropout": {"user": 0.5, "kind": 0.2}, "patience": 9}
+    rates: list[list[float]] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *args, **kwargs)
+
+    asked = {**options, "epochs": 2, "table_learning_rate": 0.002}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        whole = run(recipe, data_dir, tmp_path / "whole", overrides=asked)
+    weights, tables = (torch.tensor(column) for column in zip(*rates, strict=True))
+    assert weights[:3].tolist() == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
+    assert torch.allclose(tables, weights * 0.2) and weights[-1] < 0.0002 and (weights[3:].diff() < 0).all()
+    # A run that stopped goes on along the same course, and only along that.
+    part = tmp_path / "part"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.RankTrainer, "_impatient", lambda self: self.progress.epoch == 1)
+        run(recipe, data_dir, part, overrides=asked)
+    (part / "dlrm-seed1" / "result.json").unlink()
+    with pytest.raises(CheckpointError, match="epochs 2, not 3"):
+        run(recipe, data_dir, part, overrides={**asked, "epochs": 3})
+    resumed = run(recipe, data_dir, part, overrides=asked)
+    assert resumed["test"] == whole["test"] and resumed["epochs"] == 2
+
+
+def test_weight_decay_of_tables_is_their_own(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    decays = {"learning_rate": 1e-3, "weight_decay": 0.0, "table_weight_decay": 900.0, "epochs": 1}
+    run(recipe, data_dir, tmp_path / "out", overrides=decays)
+    state = trainer.read_checkpoint(tmp_path / "out" / "dlrm-seed1" / "last.pt")["model"]
+    # A decay of 0.9 a step leaves next to nothing of a row that has no gradient, and the step itself of the others.
+    assert state["embedding.items.weight"].abs().max() < 0.005 < state["head.output.weight"].abs().max()
+
+
+def test_a_mixture_learns_and_is_evaluated_again(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    channels = {"all": {}, "clicked": {"actions": ["click"], "max_events": 8, "hstu": {"num_layers": 2}}}
+    overrides = {"epochs": 8, "patience": 9, "channels": channels}
+    record = run(recipe, data_dir, tmp_path / "out", "ultra-hstu", overrides=overrides)
+    assert record["test"]["click"]["auc"] > 0.75
+    single = run(recipe, data_dir, tmp_path / "single", "ultra-hstu", overrides={"epochs": 1})
+    assert record["parameters"] > single["parameters"] and record["settings"]["channels"] == channels
+    again = launch.evaluate(str(recipe), data_dir, tmp_path / "out" / "ultra-hstu-seed1", split="test", device="cpu")
+    assert again["click"]["auc"] == pytest.approx(record["test"]["click"]["auc"], abs=1e-9)
+
+
+def test_a_history_without_actions_tells_nothing_of_a_taste(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    parts = ["types", "intensities", "contexts"]
+    # Without the user's id, which learns the taste from the labels.
+    overrides = {"epochs": 6, "patience": 9, "id_dropout": {"user": 1.0}}
+    told = run(recipe, data_dir, tmp_path / "told", "ultra-hstu", overrides=overrides)
+    blind = run(recipe, data_dir, tmp_path / "blind", "ultra-hstu", overrides={**overrides, "without_actions": parts})
+    assert told["test"]["click"]["auc"] > 0.75 > 0.65 > blind["test"]["click"]["auc"]
+    assert told["data"] == blind["data"] and told["parameters"] > blind["parameters"]
+
+
 def test_seeds_repeat_and_differ(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
     first = run(recipe, data_dir, tmp_path / "a", overrides={"epochs": 1})
     again = run(recipe, data_dir, tmp_path / "b", overrides={"epochs": 1})
@@ -127,10 +184,11 @@ def test_learning_curves_are_pictures(recipe: Path, data_dir: Path, tmp_path: Pa
 def test_command_trains_reports_and_evaluates(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
     cli, out = CliRunner(), tmp_path / "out"
     words = ["--data", str(data_dir), "--output-dir", str(out), "--device", "cpu", "--set", "epochs=1"]
-    done = cli.invoke(main, ["train", str(recipe), *words, "--model", "dlrm,item-mean", "--seeds", "1,2"])
+    asked = ["--model", "dlrm,item-mean", "--seeds", "1,2", "--commit", "0123abc"]
+    done = cli.invoke(main, ["train", str(recipe), *words, *asked])
     assert done.exit_code == 0, done.output
     comparison = json.loads((out / "comparison.json").read_text())
-    assert list(comparison["models"]) == ["dlrm", "item-mean"]
+    assert list(comparison["models"]) == ["dlrm", "item-mean"] and comparison["commits"] == ["0123abc"]
     assert comparison["models"]["dlrm"]["seeds"] == [1, 2]
     auc = comparison["models"]["dlrm"]["test"]["click"]["auc"]
     runs = [json.loads((out / f"dlrm-seed{s}" / "result.json").read_text())["test"]["click"]["auc"] for s in (1, 2)]
@@ -154,6 +212,14 @@ def test_command_trains_reports_and_evaluates(recipe: Path, data_dir: Path, tmp_
         (["--set", "hstu.num_head=3"], "hstu: unknown key 'num_head'"),
         (["--set", "learning_rate=-1"], "learning_rate: expected a number > 0"),
         (["--set", "form=interleaved", "--model", "dlrm"], "form: expected summed for dlrm"),
+        (["--set", "lr_schedule=up"], "lr_schedule: expected one of constant, cosine, got 'up'"),
+        (["--set", "betas=[0.9]"], "betas: expected two numbers in [0, 1), got (0.9,)"),
+        (["--set", "table_weight_decay=-1"], "table_weight_decay: expected a number >= 0, got -1"),
+        (["--set", "id_dropout.user_id=0.1"], "id_dropout: expected item or user features (item, kind"),
+        (["--set", "without_actions=[clicks]"], "without_actions: expected names among types, intensities, contexts"),
+        (["--set", "channels.a.actions=[click]", "--model", "hstu"], "channels: expected none for hstu"),
+        (["--set", "channels.a.acts=[x]", "--model", "ultra-hstu"], "channels, a: unknown key 'acts'"),
+        (["--set", "channels.a.actions=[buy]", "--model", "ultra-hstu"], "actions: expected names of action types"),
         (["--set", "epochs"], "--set: expected name=value"),
         (["--device", "tpu9"], "--device: expected auto, cpu or cuda"),
         (["--seeds", "1,1"], "expected different numbers"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hstu_plugin.adapters.recbole.options import run_options
-from hstu_plugin.adapters.recbole.schedule import LearningRateSchedule, follow_schedule, rate_factor
+from hstu_plugin.schedule import LearningRateSchedule, follow_schedule, rate_factor
 
 CONSTANT, COSINE = LearningRateSchedule.CONSTANT, LearningRateSchedule.COSINE
 
