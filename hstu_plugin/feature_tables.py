@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hstu_plugin.ranking_config import Categorical
 
@@ -23,30 +22,28 @@ class FeatureTables(nn.Module):
         super().__init__()
         self.names = tuple(feature.name for feature in features)
         self.sizes = tuple(feature.num_ids for feature in features)
-        self.weight: Tensor
-        empty = torch.empty(sum(self.sizes), width)
-        if features:
-            self.weight = nn.Parameter(empty)
-        else:
-            # Nothing that an optimiser or a checkpoint should see.
-            self.register_buffer("weight", empty, persistent=False)
+        # A module of its own, so that `hstu_plugin.quantize` can put packed rows in its place.
+        self.rows = nn.Embedding(sum(self.sizes), width) if features else None
+        self.width = width
         sizes = torch.tensor(self.sizes, dtype=torch.int64)
         # Follow from the sizes, so a checkpoint does not need them.
         self.register_buffer("limits", sizes, persistent=False)
         self.register_buffer("starts", sizes.cumsum(0) - sizes, persistent=False)
         self.limits: Tensor
         self.starts: Tensor
-        nn.init.trunc_normal_(self.weight, std=_INIT_STD)
-        with torch.no_grad():
-            self.weight[self.starts] = 0.0
+        if self.rows is not None:
+            nn.init.trunc_normal_(self.rows.weight, std=_INIT_STD)
+            with torch.no_grad():
+                self.rows.weight[self.starts] = 0.0
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def table(self, feature: int) -> Tensor:
         """``[num_ids, D]``, the rows of one feature; a view."""
+        assert self.rows is not None
         start = sum(self.sizes[:feature])
-        return self.weight[start : start + self.sizes[feature]]
+        return self.rows.weight[start : start + self.sizes[feature]]
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[R, features, D]``.
@@ -61,11 +58,16 @@ class FeatureTables(nn.Module):
         if ids.dim() != 2 or ids.shape[1] != len(self):
             raise ValueError(f"ids: expected [R, {len(self)}] for {', '.join(self.names)}, got {tuple(ids.shape)}")
         self._check(ids)
-        return F.embedding(ids + self.starts, self.weight)
+        if self.rows is None:
+            return torch.zeros(ids.shape[0], 0, self.width, device=ids.device)
+        found: Tensor = self.rows(ids + self.starts)
+        return found
 
     def one(self, feature: int, ids: Tensor) -> Tensor:
         """``[R, D]`` of one feature alone; ``ids [R]`` int64."""
-        return F.embedding(ids, self.table(feature))
+        assert self.rows is not None
+        found: Tensor = self.rows(ids + sum(self.sizes[:feature]))
+        return found
 
     def _check(self, ids: Tensor) -> None:
         # An id beyond its own table would silently read the next feature's.

@@ -26,7 +26,7 @@ def test_rows_and_gradients_are_those_of_separate_tables() -> None:
     assert torch.equal(tables.one(1, IDS[:, 1]), separate[1][IDS[:, 1]])
     (rows * weights).sum().backward()
     (expected * weights).sum().backward()
-    assert torch.allclose(tables.weight.grad, torch.cat([table.grad for table in separate]), rtol=1e-12)
+    assert torch.allclose(tables.rows.weight.grad, torch.cat([table.grad for table in separate]), rtol=1e-12)
 
 
 def test_unknown_ids_start_at_zero_and_the_others_do_not() -> None:
@@ -35,7 +35,7 @@ def test_unknown_ids_start_at_zero_and_the_others_do_not() -> None:
         table = tables.table(k)
         assert table.shape == (feature.num_ids, 4)
         assert not table[0].any() and table[1:].any(1).all()
-    assert set(tables.state_dict()) == {"weight"}
+    assert set(tables.state_dict()) == {"rows.weight"}
 
 
 @pytest.mark.parametrize(("row", "column", "bad"), [(0, 1, 2), (1, 0, 5), (2, 2, -1)])

@@ -98,7 +98,7 @@ def test_weight_decay_of_tables_is_their_own(recipe: Path, data_dir: Path, tmp_p
     run(recipe, data_dir, tmp_path / "out", overrides=decays)
     state = trainer.read_checkpoint(tmp_path / "out" / "dlrm-seed1" / "last.pt")["model"]
     # A decay of 0.9 a step leaves next to nothing of a row that has no gradient, and the step itself of the others.
-    assert state["embedding.items.weight"].abs().max() < 0.005 < state["head.output.weight"].abs().max()
+    assert state["embedding.items.rows.weight"].abs().max() < 0.005 < state["head.output.weight"].abs().max()
 
 
 def test_a_mixture_learns_and_is_evaluated_again(recipe: Path, data_dir: Path, tmp_path: Path) -> None:
