@@ -319,7 +319,7 @@ def _kernel_shape(
         descriptors=describable(streamed),
         precision=float32_precision(),
         assembly=not interpreting(),
-        own_in_registers=tile.own_in_registers and q.element_size() == 2 and not interpreting(),
+        own_in_registers=tile.own_in_registers if q.element_size() == 2 and not interpreting() else 0,
     )
 
 
