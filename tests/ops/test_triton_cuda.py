@@ -211,11 +211,12 @@ def test_the_rows_of_a_tile_are_never_a_number(name: str, width: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     inputs = semi_local(MASKS[name], width=width)
     results = [
-        attend(inputs, TileSet(first, first, second, Tile(first.block_m, 64, 8, 1)))
+        attend(inputs, TileSet(first, first, second, Tile(first.block_m, 64, first.num_warps, 1)))
         for first, second in (
             (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
             (Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
-            (Tile(128, 64, 8, 3, True), Tile(32, 64, 4, 3, True)),
+            (Tile(128, 64, 8, 3, 1), Tile(32, 64, 4, 3, 1)),
+            (Tile(64, 64, 4, 2, 2), Tile(32, 128, 8, 3, 2)),
         )
     ]
     for other in results[1:]:

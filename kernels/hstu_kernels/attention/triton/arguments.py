@@ -84,5 +84,5 @@ def shape_of(
         descriptors=descriptors,
         precision=precision,
         assembly=not interpreting(),
-        own_in_registers=tile.own_in_registers and dtype.itemsize == 2 and not interpreting(),
+        own_in_registers=tile.own_in_registers if dtype.itemsize == 2 and not interpreting() else 0,
     )

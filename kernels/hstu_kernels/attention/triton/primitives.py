@@ -209,14 +209,21 @@ def store_sums(
 
 @triton.jit
 def load_own(
-    ptr, row_stride, begin, seq_len, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr
+    ptr,
+    row_stride,
+    begin,
+    seq_len,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
-    """As `load_tile`, bounded: the operand that stays for the whole loop.
+    """As `load_tile`, bounded: an operand that stays for the whole loop, of two bytes an element if IN_REGISTERS.
 
-    With ``SHAPE.own_in_registers`` it stays in registers: out of shared memory, which the products of narrow tiles fill
-    to its bandwidth, the compiler would read it for each of them. It does so for what it sees as a load.
+    What the compiler sees as a load it keeps in shared memory and reads again for each product, and products of narrow
+    tiles use up its bandwidth. What comes out of assembly stays in registers.
     """
-    if SHAPE.own_in_registers and WIDTH == BLOCK:
+    if IN_REGISTERS and WIDTH == BLOCK:
         base = (ptr + begin.to(tl.int64) * row_stride).to(tl.int64, bitcast=True)
         row = tl.broadcast_to(tl.arange(0, ROWS)[:, None], ROWS, BLOCK)
         tile = tl.inline_asm_elementwise(

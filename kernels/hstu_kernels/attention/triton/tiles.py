@@ -11,14 +11,15 @@ import torch
 class Tile:
     """Rows of a query tile, rows of a key tile, warps, and depth of the software pipeline.
 
-    ``own_in_registers``: the operand of the tile's own side stays in registers, where inputs have two bytes.
+    ``own_in_registers``: so many operands of the tile's own side stay in registers, where they have two bytes an element:
+    ``q`` in the forward, ``dout`` and then ``q`` in dq, ``v`` and then ``k`` in dkdv.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    own_in_registers: bool = False
+    own_in_registers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class KernelShape:
     descriptors: bool
     precision: str
     assembly: bool = False
-    own_in_registers: bool = False
+    own_in_registers: int = 0
     few_buckets: int = 3
 
 
