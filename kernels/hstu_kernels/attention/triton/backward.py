@@ -199,9 +199,10 @@ def hstu_bwd_dq_kernel(
     rows = row_begin + tl.arange(0, BLOCK_M)
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     row_low, row_high = own_span(row_times, SHAPE)
+    KEEP: tl.constexpr = SHAPE.own_in_registers
     # [M, Dqk], [M, Dv]
-    q = load_own(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, SHAPE.own_in_registers > 1)
-    dout = load_own(dout_ptr, V_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, SHAPE.own_in_registers > 0)
+    q = load_own(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, KEEP > 1)
+    dout = load_own(dout_ptr, V_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, KEEP > 0)
     acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     time_sums = tl.zeros([ENTRIES if ENTRIES > 0 else 1], tl.float32)
     if pos_sums_ptr is not None:
@@ -461,9 +462,10 @@ def hstu_bwd_dkdv_kernel(
     cols = key_begin + tl.arange(0, BLOCK_N)
     key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
     key_low, key_high = own_span(key_times, SHAPE)
+    KEEP: tl.constexpr = SHAPE.own_in_registers
     # [N, Dqk], [N, Dv]
-    k = load_own(k_ptr, k_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, SHAPE.own_in_registers > 1)
-    v = load_own(v_ptr, v_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, SHAPE.own_in_registers > 0)
+    k = load_own(k_ptr, k_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.qk_dim, SHAPE.block_qk, KEEP > 1)
+    v = load_own(v_ptr, v_row_stride, key_begin, seq_len, BLOCK_N, SHAPE.v_dim, SHAPE.block_v, KEEP > 0)
     dk = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 

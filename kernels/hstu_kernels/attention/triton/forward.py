@@ -153,8 +153,9 @@ def hstu_fwd_kernel(
     rows = row_begin + tl.arange(0, BLOCK_M)
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     row_low, row_high = own_span(row_times, SHAPE)
+    KEEP: tl.constexpr = SHAPE.own_in_registers
     # [M, Dqk], [M, Dv]
-    q = load_own(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, SHAPE.own_in_registers > 0)
+    q = load_own(q_ptr, q_row_stride, row_begin, seq_len, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, KEEP > 0)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
     o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, _n5, _o6, n6 = load_segments(line)
