@@ -11,7 +11,8 @@ import torch
 class Tile:
     """Rows of a query tile, rows of a key tile, warps, and depth of the software pipeline.
 
-    ``own_in_registers``: so many operands of the tile's own side stay in registers, if of two bytes an element: in the forward, ``dout`` and then ``q`` in dq, ``v`` and then ``k`` in dkdv.
+    ``own_in_registers``: so many operands of the tile's own side stay in registers, where elements have two bytes:
+    ``q`` in the forward, ``dout`` and then ``q`` in dq, ``v`` and then ``k`` in dkdv.
     """
 
     block_m: int
