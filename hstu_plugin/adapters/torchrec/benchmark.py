@@ -2,8 +2,9 @@
 
 Weak scaling: every rank has as many users in a step whatever the number of ranks, so that samples per second on n ranks
 against n times those on one is the efficiency. The lengths of a step are drawn for all ranks together and dealt out by
-length, as the trainer's length buckets do: a step takes as long as its longest rank. Model FLOPs are those of the transducer under its mask and of the loss's
-products, three times the forward; they are set against the rate of a large matrix product measured in the same run.
+length, as the trainer's length buckets do: a step takes as long as its longest rank. Model FLOPs are those of the
+transducer under its mask and of the loss's products, three times the forward; they are set against the rate of a large
+matrix product measured in the same run.
 """
 
 from __future__ import annotations
