@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from hstu_plugin.adapters.torchrec.schema import FeatureSchema, of_candidates
 from hstu_plugin.adapters.torchrec.sequence import awaited, match_lengths, pooled, summed
 from hstu_plugin.events import Events
 from hstu_plugin.ranking_embedding import ActionEncoder
-from hstu_plugin.ranking_tokens import FeatureTables, TokenBuilder
+from hstu_plugin.ranking_tokens import TokenBuilder
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +45,31 @@ class EventBatch:
         counts.index_add_(0, owners, torch.ones_like(owners))
         layout = JaggedLayout.from_lengths(counts, max_seq_len=self.history.layout.max_seq_len)
         return self.history.take(rows, layout)
+
+
+@dataclass(frozen=True, slots=True)
+class RowTables:
+    """Rows that were looked up, in the place of tables: a row's number is its id.
+
+    Attributes:
+        vectors: ``[rows, D]`` of each feature. width: ``D``.
+    """
+
+    vectors: Sequence[Tensor]
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """``ids [R, features]`` to ``[R, features, D]``."""
+        if not self.vectors:
+            return torch.zeros(ids.shape[0], 0, self.width, device=ids.device)
+        return torch.stack([self.one(feature, ids[:, feature]) for feature in range(len(self))], 1)
+
+    def one(self, feature: int, ids: Tensor) -> Tensor:
+        """``[R, D]`` of one feature; ``ids [R]``."""
+        return self.vectors[feature].index_select(0, ids)
 
 
 class KJTToEvents(nn.Module):
@@ -100,12 +124,14 @@ class KJTToEvents(nn.Module):
         candidates = self._candidates(batch, shown_layout, rows[cut:])
         contextual = [pooled(found[key]) for key in schema.contextual]
         users = torch.arange(history_layout.batch_size, device=rows.device)[:, None].expand(-1, len(contextual))
-        tables = FeatureTables(
-            [partial(torch.index_select, torch.cat([items, shown]), 0)],
-            [partial(torch.index_select, own, 0) for own in contextual],
-            [partial(torch.index_select, found[key].values(), 0) for key in schema.series],
+        builder = TokenBuilder(
+            features=self.features,
+            items=RowTables([torch.cat([items, shown])], self.width),
+            users=RowTables(contextual, self.width),
+            series=RowTables([found[key].values() for key in schema.series], self.width),
+            actions=self.actions,
+            no_action=self.no_action,
         )
-        builder = TokenBuilder(features=self.features, tables=tables, actions=self.actions, no_action=self.no_action)
         return EventBatch(history, candidates, users, builder)
 
     def _candidates(self, batch: SequenceBatch, layout: JaggedLayout, rows: Tensor) -> Events:

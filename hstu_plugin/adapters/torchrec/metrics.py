@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hstu_plugin.adapters.ranking.metrics import grouped_auc
 from hstu_plugin.ranking_config import RankingConfig, TaskKind
 
 _CLIP = 1e-7
@@ -79,8 +78,7 @@ class RankingMetrics:
             else:
                 found = _binary(scores, labels)
                 if users.numel():
-                    by_user = grouped_auc(labels.numpy(), scores.numpy(), users[known].numpy())
-                    found["gauc"] = math.nan if by_user is None else by_user
+                    found["gauc"] = grouped_auc(scores, labels, users[known])
             named |= {f"{task.name}/{name}": value for name, value in found.items()}
         return named
 
@@ -113,6 +111,24 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     # Mean rank of each group of ties.
     ranks = counts.cumsum(0).double() - (counts - 1).double() / 2
     return (float(ranks[group][positive].sum()) - ups * (ups + 1) / 2) / (ups * downs)
+
+
+def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor) -> float:
+    """Mean AUC of the groups that have both labels, weighted by their rows; NaN where there is none."""
+    by_score = scores.argsort(stable=True)
+    order = by_score[groups[by_score].argsort(stable=True)]
+    scores, positive, groups = scores[order], labels[order] > 0.5, groups[order]
+    _, group, sizes = torch.unique_consecutive(groups, return_inverse=True, return_counts=True)
+    pairs = torch.stack([group.double(), scores.double()])
+    _, value, ties = torch.unique_consecutive(pairs, dim=1, return_inverse=True, return_counts=True)
+    # Mean rank of each group of ties inside its own group, counted from 1.
+    ranks = (ties.cumsum(0) - (ties - 1) / 2)[value] - (sizes.cumsum(0) - sizes)[group]
+    ups = torch.zeros(sizes.numel(), dtype=torch.float64).index_add_(0, group, positive.double())
+    won = torch.zeros_like(ups).index_add_(0, group, ranks.double() * positive)
+    both = (ups > 0) & (ups < sizes)
+    areas = (won - ups * (ups + 1) / 2) / (ups * (sizes - ups))
+    weights = sizes.double() * both
+    return float((areas.nan_to_num() * weights).sum() / weights.sum()) if bool(both.any()) else math.nan
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("torchrec", reason="TorchRec is not installed: make install-torchrec")
 
+from hstu_plugin.adapters.conversion.cli import main
 from hstu_plugin.adapters.ranking.dataset import RankingData, load
 from hstu_plugin.adapters.ranking.models import make_model
 from hstu_plugin.adapters.ranking.schema import read_schema
@@ -22,7 +23,6 @@ from hstu_plugin.adapters.ranking.settings import RankSettings, read_recipe
 from hstu_plugin.adapters.ranking.trainer import RankTrainer
 from hstu_plugin.adapters.torchrec.batch import check_batch
 from hstu_plugin.adapters.torchrec.data import RankBatches, plan_stream
-from hstu_plugin.adapters.torchrec.data_cli import main
 from hstu_plugin.adapters.torchrec.loop import Trainer
 from hstu_plugin.adapters.torchrec.options import options_from_dict
 from hstu_plugin.ranking_losses import multi_task_loss
@@ -60,19 +60,18 @@ def copy_weights(core: RankingModel, trainer: Trainer, config: dict[str, Any]) -
     schema, state = config["schema"], trainer.model.state_dict()
     keys = {"items": ["item_id", *schema["side"]], "users": schema["contextual"], "series": schema["series"]}
     copied = set()
+    for kind, names in keys.items():
+        tables = getattr(core.embedding, kind)
+        for place, name in enumerate(names):
+            weight, target = tables.table(place), f"embeddings.embeddings.{name}.weight"
+            state[target].local_shards()[0].tensor[: weight.shape[0], : weight.shape[1]] = weight.detach()
+            copied.add(target)
     for name, weight in core.state_dict().items():
         part, _, rest = name.partition(".")
-        kind, _, place = rest.partition(".")
-        if part == "ranker":
-            target = f"head.core.{rest}"
-            state[target].copy_(weight)
-        elif kind in keys:
-            target = f"embeddings.embeddings.{keys[kind][int(place.split('.')[0])]}.weight"
-            table = state[target].local_shards()[0].tensor
-            table[: weight.shape[0], : weight.shape[1]] = weight
-        else:
-            target = f"head.events.{rest}"
-            state[target].copy_(weight)
+        if part != "ranker" and rest.partition(".")[0] in keys:
+            continue
+        target = f"head.core.{rest}" if part == "ranker" else f"head.events.{rest}"
+        state[target].copy_(weight)
         copied.add(target)
     assert copied == set(state)
 

@@ -16,10 +16,10 @@ from click.testing import CliRunner
 
 pytest.importorskip("torchrec", reason="TorchRec is not installed: make install-torchrec")
 
+from hstu_plugin.adapters.conversion.cli import main
+from hstu_plugin.adapters.conversion.retrieval import leave_one_out
 from hstu_plugin.adapters.recbole.prepare import make_config, make_data, make_model, make_trainer
-from hstu_plugin.adapters.torchrec.convert import leave_one_out
 from hstu_plugin.adapters.torchrec.data import RankBatches, plan_stream
-from hstu_plugin.adapters.torchrec.data_cli import main
 from hstu_plugin.adapters.torchrec.loop import Trainer
 from hstu_plugin.adapters.torchrec.options import options_from_dict
 

@@ -91,8 +91,8 @@ def core_scores(made: HSTURankingModel, given: SequenceBatch) -> torch.Tensor:
     )
     embedding = RankingEmbedding(features, 8).eval()
     with torch.no_grad():
-        embedding.items[0].weight.copy_(made.embeddings.embeddings["item"].weight)
-        embedding.users[0].weight.copy_(made.embeddings.embeddings["user"].weight)
+        embedding.items.table(0).copy_(made.embeddings.embeddings["item"].weight)
+        embedding.users.table(0).copy_(made.embeddings.embeddings["user"].weight)
         embedding.actions.load_state_dict(made.head.events.actions.state_dict())
     numbers = given.numbers
     types = numbers["action_types"].values()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from hstu_plugin.adapters.torchrec.convert_files import Dataset
+    from hstu_plugin.adapters.conversion.files import Dataset
 
 _PATH = click.Path(path_type=Path)
 _out = click.option("--out", type=_PATH, required=True, help="Folder to write; it must not exist.")
@@ -44,8 +44,8 @@ def retrieval(source: Path, recipe: str, epochs: int | None, words: tuple[str, .
     Rows, order and test items are those of hstu-recbole under the same recipe.
     """
     with _readable_errors():
+        from hstu_plugin.adapters.conversion.retrieval import convert_retrieval, read_recipe
         from hstu_plugin.adapters.ranking.settings import merge, parse_overrides
-        from hstu_plugin.adapters.torchrec.convert import convert_retrieval, read_recipe
 
         values = merge(read_recipe(recipe), parse_overrides(words))
         if epochs is not None:
@@ -68,8 +68,8 @@ def ranking(recipe: str, directory: Path, model: str, epochs: int | None, words:
     trainer runs all epochs.
     """
     with _readable_errors():
+        from hstu_plugin.adapters.conversion.ranking import convert_ranking
         from hstu_plugin.adapters.ranking.settings import find_recipe, parse_overrides, read_recipe
-        from hstu_plugin.adapters.torchrec.convert_ranking import convert_ranking
 
         found = read_recipe(find_recipe(recipe))
         overrides: Mapping[str, Any] = {**parse_overrides(words), **({} if epochs is None else {"epochs": epochs})}

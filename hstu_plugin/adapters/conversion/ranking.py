@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from hstu_plugin.adapters.conversion.files import Dataset, jagged, write_dataset
 from hstu_plugin.adapters.ranking.dataset import ROLES, RankingData, load
 from hstu_plugin.adapters.ranking.schema import read_schema
 from hstu_plugin.adapters.ranking.settings import ModelName, RankSettings, Recipe
 from hstu_plugin.adapters.ranking.trainer import split_windows
-from hstu_plugin.adapters.torchrec.convert_files import Dataset, jagged, write_dataset
 from hstu_plugin.adapters.torchrec.options import TableOptimizer
 from hstu_plugin.adapters.torchrec.parquet import Array
 from hstu_plugin.adapters.torchrec.schema import of_candidates
@@ -94,6 +94,8 @@ class _Columns:
         model = settings.hstu_config(num_features=len(features.users), num_series=len(features.series))
         train = data.log.labels[data.log.roles == ROLES["train"]]
         exact = torch.cuda.is_available()
+        rate = settings.table_learning_rate or settings.learning_rate
+        decay = settings.weight_decay if settings.table_weight_decay is None else settings.table_weight_decay
         shared = zip(self.items, features.items, strict=True)
         tables = [_table(key, feature, (key, _candidate(key))) for key, feature in shared]
         for keys, of in ((self.users, features.users), (self.series, features.series)):
@@ -144,8 +146,8 @@ class _Columns:
                 "dense_betas": [0.9, 0.999],
                 "clip_norm": settings.clip_norm or 0.0,
                 "tables": (TableOptimizer.ADAMW if exact else TableOptimizer.ADAGRAD).value,
-                "table_lr": settings.learning_rate if exact else 10 * settings.learning_rate,
-                "table_weight_decay": settings.weight_decay if exact else 0.0,
+                "table_lr": rate if exact else 10 * rate,
+                "table_weight_decay": decay if exact else 0.0,
                 "warmup_steps": settings.warmup_steps,
             },
             "run": {"output_dir": str(out.resolve() / "run"), "epochs": settings.epochs},

@@ -13,10 +13,10 @@ import pyarrow as pa
 import torch
 import yaml
 
+from hstu_plugin.adapters.conversion.files import Dataset, jagged, write_dataset
 from hstu_plugin.adapters.recbole import options as recbole_options
 from hstu_plugin.adapters.recbole.atomic import chronological, load
 from hstu_plugin.adapters.recbole.settings import DEFAULTS_FILES, recipe_path
-from hstu_plugin.adapters.torchrec.convert_files import Dataset, jagged, write_dataset
 from hstu_plugin.adapters.torchrec.options import NegativePool, TableOptimizer
 from hstu_plugin.adapters.torchrec.parquet import Array
 from hstu_plugin.config import LossType, NegativeSource
