@@ -24,11 +24,17 @@ MODULE = "hstu_plugin.adapters.torchrec.benchmark"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--output", type=Path, default=RESULTS / "distributed.json")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="files of earlier runs, to stand before these")
+    parser.add_argument("--commit", help="of a copy without history, into the record")
     parser.add_argument("sizes", nargs="*", help="options of the module, after --")
     parsed = parser.parse_args(arguments)
+    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in parsed.add]
     runs = [run(count, parsed.sizes) for count in parsed.processes]
+    if parsed.commit:
+        runs = [{**record, "commit": parsed.commit} for record in runs]
+    runs = [*(record for file in earlier for record in file["runs"]), *runs]
     write_json(parsed.output, {"runs": runs, "scaling": scaling(runs)})
     print(json.dumps(scaling(runs), indent=1))
     return 0

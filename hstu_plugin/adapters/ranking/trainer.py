@@ -92,15 +92,7 @@ class RankTrainer:
 
     def windows(self, split: str, *, training: bool = False) -> Windows:
         """Windows of a split; those of training may hold other numbers of candidates."""
-        settings = self.settings
-        wide = settings.train_candidates if training and settings.train_candidates else settings.max_candidates
-        return cut_windows(
-            self.data.log,
-            ROLES[split],
-            max_history=settings.max_history,
-            max_candidates=wide,
-            session_gap=None if training and settings.train_candidates else settings.session_gap,
-        )
+        return split_windows(self.data.log, self.settings, split, training=training)
 
     def fit(self) -> None:
         """Train until the validation no longer improves; the model then has the best epoch's weights."""
@@ -244,6 +236,18 @@ def _groups(model: nn.Module, settings: RankSettings) -> list[dict[str, Any]]:
         if own:
             groups.append({"params": own, "lr": rate, "full_lr": rate, "weight_decay": decay})
     return groups
+
+
+def split_windows(log: EventLog, settings: RankSettings, split: str, *, training: bool = False) -> Windows:
+    """Windows of a split under the settings; those of training may hold other numbers of candidates."""
+    wide = settings.train_candidates if training and settings.train_candidates else settings.max_candidates
+    return cut_windows(
+        log,
+        ROLES[split],
+        max_history=settings.max_history,
+        max_candidates=wide,
+        session_gap=None if training and settings.train_candidates else settings.session_gap,
+    )
 
 
 def valid_score(data: RankingData, metrics: Metrics) -> float:

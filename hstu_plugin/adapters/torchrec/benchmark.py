@@ -1,8 +1,10 @@
 """Training throughput on this process group, with synthetic data: one JSON record.
 
 Weak scaling: every rank has as many users in a step whatever the number of ranks, so that samples per second on n ranks
-against n times those on one is the efficiency. Model FLOPs are those of the transducer under its mask and of the loss's
-products, three times the forward; they are set against the rate of a large matrix product measured in the same run.
+against n times those on one is the efficiency. The lengths of a step are drawn for all ranks together and dealt out by
+length, as the trainer's length buckets do: a step takes as long as its longest rank. Model FLOPs are those of the
+transducer under its mask and of the loss's products, three times the forward; they are set against the rate of a large
+matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -39,10 +41,13 @@ _NOW, _TIMEOUT_S, _BATCHES = 1_700_000_000, 600, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured. ``users`` are those of one rank and step; lengths lie in ``[max_seq_len / 4, max_seq_len]``."""
+    """What is measured. ``users`` are those of one rank and step; lengths lie in ``[shortest, max_seq_len]``, where a
+    ``shortest`` of 0 stands for a quarter of ``max_seq_len``."""
 
     users: int = 32
     max_seq_len: int = 2048
+    shortest: int = 0
+    variant: str = "research"
     embedding_dim: int = 512
     num_layers: int = 8
     num_heads: int = 4
@@ -79,9 +84,11 @@ def measure(sizes: Sizes, device: torch.device, local_world_size: int) -> dict[s
         num_heads=sizes.num_heads,
         max_seq_len=sizes.max_seq_len,
         dropout=0.0,
+        variant=sizes.variant,  # type: ignore[arg-type]
         backend=sizes.backend,  # type: ignore[arg-type]
     )
     schema = FeatureSchema(
+        time="time" if config.time_bias else None,
         negative="negative",
         tables=(Table(name="item", num_embeddings=sizes.rows, features=("item_id", "negative")),),
     )
@@ -100,7 +107,10 @@ def measure(sizes: Sizes, device: torch.device, local_world_size: int) -> dict[s
     )
     dense = dict(in_backward_optimizer_filter(parallel.named_parameters()))
     optimizer = CombinedOptimizer([parallel.fused_optimizer, KeyedOptimizerWrapper(dense, dense_adamw)])
-    made = [_batch(sizes, dist.get_rank() * _BATCHES + i) for i in range(_BATCHES)]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    made = [_batch(sizes, seed, rank, world) for seed in range(_BATCHES)]
+    if device.type == "cuda":
+        made = [batch.pin_memory() for batch in made]
     batches = (made[i % _BATCHES] for i in range(sizes.warmup + sizes.steps + 2))
     pipeline = TrainPipelineSparseDist(parallel, optimizer, device, execute_all_batches=True)
     for _ in range(sizes.warmup):
@@ -113,7 +123,6 @@ def measure(sizes: Sizes, device: torch.device, local_world_size: int) -> dict[s
     seconds = (time.perf_counter() - begin) / sizes.steps
     flops = sum(_flops(config, batch, sizes) for batch in made) / _BATCHES
     peak = matrix_rate(device, torch.bfloat16 if autocast else torch.float32)
-    world = dist.get_world_size()
     return {
         "sizes": asdict(sizes),
         "world_size": world,
@@ -124,6 +133,7 @@ def measure(sizes: Sizes, device: torch.device, local_world_size: int) -> dict[s
         "model_flops_per_step_and_rank": flops,
         "matrix_flops_per_second": peak,
         "mfu": flops / seconds / peak,
+        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "loss_is_finite": bool(torch.isfinite(loss)),
         "placement": describe_plan(parallel.plan, schema, sizes.embedding_dim),
         "commit": source_commit(),
@@ -146,16 +156,26 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * width**3 / best
 
 
-def _batch(sizes: Sizes, seed: int) -> SequenceBatch:
+def _batch(sizes: Sizes, seed: int, rank: int, world: int) -> SequenceBatch:
     draw = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(max(2, sizes.max_seq_len // 4), sizes.max_seq_len + 1, (sizes.users,), generator=draw)
+    low = sizes.shortest or max(2, sizes.max_seq_len // 4)
+    lengths = _dealt(torch.randint(low, sizes.max_seq_len + 1, (sizes.users * world,), generator=draw), rank, world)
+    own = torch.Generator().manual_seed(seed * world + rank)
+    lengths = lengths[torch.randperm(sizes.users, generator=own)]
     total = int(lengths.sum())
-    items = torch.split(torch.randint(1, sizes.rows, (total,), generator=draw), lengths.tolist())
-    times = torch.split(_NOW + torch.randint(1, 4000, (total,), generator=draw).cumsum(0), lengths.tolist())
+    items = torch.split(torch.randint(1, sizes.rows, (total,), generator=own), lengths.tolist())
+    times = torch.split(_NOW + torch.randint(1, 4000, (total,), generator=own).cumsum(0), lengths.tolist())
     none = torch.zeros(0, dtype=torch.int64)
     drawn = torch.randint(1, sizes.rows, (sizes.negatives,), generator=draw)
     features = {"item_id": items, "negative": [drawn, *[none] * (sizes.users - 1)]}
     return SequenceBatch(keyed_jagged(features), keyed_jagged({"time": times}))
+
+
+def _dealt(lengths: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    """A rank's share ``[users]`` of the lengths ``[users * world]``: from the longest on, to and fro over the ranks."""
+    rounds = lengths.sort(descending=True).values.view(-1, world)
+    rounds[1::2] = rounds[1::2].flip(1)
+    return rounds[:, rank]
 
 
 def _flops(config: HSTUConfig, batch: SequenceBatch, sizes: Sizes) -> float:

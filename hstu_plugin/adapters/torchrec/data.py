@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu_kernels import JaggedLayout
 from hstu_plugin.adapters.torchrec.batch import SequenceBatch
-from hstu_plugin.adapters.torchrec.options import DataOptions, TaskName, TrainOptions
+from hstu_plugin.adapters.torchrec.options import DataOptions, NegativePool, TaskName, TrainOptions
 from hstu_plugin.adapters.torchrec.parquet import (
     Column,
     FileColumns,
@@ -22,7 +22,7 @@ from hstu_plugin.adapters.torchrec.parquet import (
     join,
     list_row_groups,
 )
-from hstu_plugin.adapters.torchrec.schema import FeatureSchema
+from hstu_plugin.adapters.torchrec.schema import FeatureSchema, of_candidates
 from hstu_plugin.adapters.torchrec.stream import Piece, PieceStream, StreamPlan
 from hstu_plugin.config import NegativeSource
 from hstu_plugin.sequence import JaggedSequence
@@ -59,24 +59,11 @@ def plan_stream(options: TrainOptions, *, training: bool) -> tuple[StreamPlan, l
     Raises:
         ValueError: no path is given, the files hold no row, or their columns do not fit.
     """
-    data, schema = options.data, options.schema
+    data = options.data
     pattern = data.train if training else data.eval
     if pattern is None:
         raise ValueError("data.eval: expected parquet files to evaluate on, got nothing")
-    ids = (*schema.history, *schema.contextual)
-    numbers = tuple(key for key in (schema.time, schema.request_time) if key is not None)
-    labels: tuple[str, ...] = ()
-    if options.task is TaskName.RANKING:
-        assert options.ranking is not None
-        ids, labels = (*ids, *schema.candidates), tuple(task.name for task in options.ranking.tasks)
-        numbers = (*numbers, *((schema.candidate_time,) if schema.candidate_time is not None else ()))
-    elif not training:
-        if schema.candidate is None:
-            raise ValueError("schema.candidate: expected the column of the held-out items to evaluate on, got None")
-        ids = (*ids, schema.candidate)
-    else:
-        numbers = tuple(key for key in (schema.time,) if key is not None)
-    columns = FileColumns(schema=schema, ids=ids, numbers=numbers, labels=labels)
+    columns = file_columns(options, training=training)
     groups, skipped = list_row_groups(find_files(pattern), columns, data.on_corrupt)
     plan = StreamPlan(
         groups=tuple(groups),
@@ -91,6 +78,40 @@ def plan_stream(options: TrainOptions, *, training: bool) -> tuple[StreamPlan, l
     if plan.num_rows == 0:
         raise ValueError(f"data: expected rows in {pattern!r}, found none")
     return plan, skipped
+
+
+def file_columns(options: TrainOptions, *, training: bool) -> FileColumns:
+    """The columns that training, or evaluation, reads.
+
+    Raises:
+        ValueError: evaluation of a retrieval lacks the column of the held-out items.
+    """
+    schema = options.schema
+    if options.task is TaskName.RANKING:
+        assert options.ranking is not None
+        numbers = [key for key in schema.number_keys if key not in (schema.request_time, schema.user)]
+        measures = list(schema.measure_keys)
+        if not training:
+            # What was done with a candidate is what is to be predicted.
+            hidden = () if schema.actions is None else (*schema.actions.number_keys, *schema.actions.measure_keys)
+            numbers, measures = (
+                [key for key in keys if key not in map(of_candidates, hidden)] for keys in (numbers, measures)
+            )
+            numbers += [] if schema.user is None else [schema.user]
+        return FileColumns(
+            schema=schema,
+            ids=(*schema.history, *schema.series, *schema.contextual, *schema.candidates),
+            numbers=tuple(numbers),
+            measures=tuple(measures),
+            labels=tuple(task.name for task in options.ranking.tasks),
+        )
+    ids = (*schema.history, *schema.contextual)
+    times = (schema.time,) if training else (schema.time, schema.request_time)
+    if not training:
+        if schema.candidate is None:
+            raise ValueError("schema.candidate: expected the column of the held-out items to evaluate on, got None")
+        ids = (*ids, schema.candidate)
+    return FileColumns(schema=schema, ids=ids, numbers=tuple(key for key in times if key is not None))
 
 
 class RankBatches:
@@ -126,11 +147,17 @@ class RankBatches:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[SequenceBatch]:
         """Batches of an epoch; every rank yields the same number of them."""
-        stream = PieceStream(self.plan, epoch=epoch, start_step=start_step, rank=self.rank, world_size=self.world_size)
+        return self.epochs(range(epoch, epoch + 1), start_step)
+
+    def epochs(self, epochs: range, start_step: int = 0) -> Iterator[SequenceBatch]:
+        """Batches of several epochs, the first from ``start_step`` on; loading processes live through all of them."""
+        stream = PieceStream(
+            self.plan, epochs=epochs, start_step=start_step, rank=self.rank, world_size=self.world_size
+        )
         workers = min(self.options.data.workers, len(stream.shards))
         loader = DataLoader(stream, batch_size=None, num_workers=workers, multiprocessing_context=_context(workers))
         pieces = iter(loader)
-        for step in range(start_step, self.plan.steps_an_epoch):
+        for epoch, step in stream.steps():
             yield self._batch([next(pieces) for _ in range(max(1, workers))], epoch, step)
 
     def _batch(self, pieces: list[Piece], epoch: int, step: int) -> SequenceBatch:
@@ -139,7 +166,7 @@ class RankBatches:
             self.skipped.reasons.extend(piece.reasons)
         schema, data = self.options.schema, self.options.data
         columns = join([piece.columns for piece in pieces])
-        history = [key for key in (*schema.history, schema.time) if key in columns]
+        history = [key for key in schema.along_history if key in columns]
         columns |= {key: columns[key].last(data.max_history) for key in history}
         if self.training and self.sampler is not None:
             columns |= self._sampled(columns, history, epoch, step)
@@ -148,12 +175,16 @@ class RankBatches:
         return to_batch(columns, schema, self.plan.columns.labels)
 
     def _negatives(self, users: int, epoch: int, step: int) -> Column:
-        """The same on all ranks, all with the first user; none in evaluation."""
-        retrieval, schema = self.options.retrieval, self.options.schema
-        count = retrieval.num_negatives if self.training and retrieval.negatives is NegativeSource.UNIFORM else 0
-        draw = np.random.default_rng((self.options.run.seed, epoch, step, _NEGATIVES))
-        values = draw.integers(1, schema.table_of(schema.item).num_embeddings, count)
-        return Column(values, np.concatenate([[0], np.full(users, count)]))
+        """The same on all ranks, all with the first user: drawn ones, or the whole table; none in evaluation."""
+        options, schema = self.options, self.options.schema
+        items = schema.table_of(schema.item).num_embeddings
+        values = np.zeros(0, dtype=np.int64)
+        if self.training and options.negative_pool is NegativePool.TABLE:
+            values = np.arange(1, items)
+        elif self.training and options.retrieval.negatives is NegativeSource.UNIFORM:
+            draw = np.random.default_rng((options.run.seed, epoch, step, _NEGATIVES))
+            values = draw.integers(1, items, options.retrieval.num_negatives)
+        return Column(values, np.concatenate([[0], np.full(users, len(values))]))
 
     def _sampled(self, columns: dict[str, Column], history: list[str], epoch: int, step: int) -> dict[str, Column]:
         assert self.sampler is not None
@@ -183,9 +214,13 @@ def to_batch(columns: dict[str, Column], schema: FeatureSchema, labels: tuple[st
     """A batch of checked columns; keys of the schema that are not there are empty, and there is always one user."""
     users = max(1, len(columns[schema.item].lengths))
     ids = {key: _padded(columns.get(key), users) for key in schema.id_keys}
-    numbers = {key: _padded(columns.get(key), users, one=key == schema.request_time) for key in schema.number_keys}
+    single = (schema.request_time, schema.user)
+    numbers = {key: _padded(columns.get(key), users, one=key in single) for key in schema.number_keys}
+    measures = {key: _padded(columns.get(key), users, dtype=np.float32) for key in schema.measure_keys}
     stacked = torch.stack([torch.from_numpy(columns[name].values) for name in labels], dim=1) if labels else None
-    return SequenceBatch(_keyed(ids), _keyed(numbers) if numbers else None, stacked)
+    return SequenceBatch(
+        _keyed(ids), _keyed(numbers) if numbers else None, stacked, _keyed(measures) if measures else None
+    )
 
 
 def data_identity(plan: StreamPlan, options: DataOptions) -> dict[str, Any]:
@@ -202,11 +237,11 @@ def data_identity(plan: StreamPlan, options: DataOptions) -> dict[str, Any]:
     }
 
 
-def _padded(column: Column | None, users: int, *, one: bool = False) -> Column:
+def _padded(column: Column | None, users: int, *, one: bool = False, dtype: Any = np.int64) -> Column:
     """``users`` rows: nothing for keys that a step does not use, and for the one user of a rank without any."""
     if column is not None and len(column.lengths) == users:
         return column
-    return Column(np.zeros(int(one) * users, dtype=np.int64), np.arange(users + 1) * int(one))
+    return Column(np.zeros(int(one) * users, dtype=dtype), np.arange(users + 1) * int(one))
 
 
 def _keyed(columns: dict[str, Column]) -> KeyedJaggedTensor:

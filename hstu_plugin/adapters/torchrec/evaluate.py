@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -35,9 +36,9 @@ def evaluate_ranking(
     model.eval()
     for batch in batches:
         moved = batch.to(device)
-        scores = task.head.scores(task.embeddings(moved.features), moved.numbers)
+        scores = task.head.scores(task.embeddings(moved.features), moved)
         assert batch.labels is not None
-        metrics.add(scores, batch.labels)
+        metrics.add(scores, batch.labels, _users(batch, task.head.schema))
     model.train()
     return metrics.result(group)
 
@@ -50,37 +51,87 @@ def evaluate_retrieval(
     schema: FeatureSchema,
     device: torch.device,
     group: dist.ProcessGroup,
+    *,
+    filter_seen: bool = False,
 ) -> dict[str, float]:
     """Rank each held-out item among all items; all ranks pass the same number of batches.
 
-    Users' vectors are kept, the items are looked up once, a slice at a time, by all ranks together.
+    Users' vectors are kept, the items are looked up once, a slice at a time, by all ranks together. With
+    ``filter_seen`` items of a user's history score below all others.
     """
     task = model.module
     assert isinstance(task, HSTURetrievalTask) and schema.candidate is not None
+    similarity, width = task.head.core.retrieval.similarity, task.head.core.config.embedding_dim
     model.eval()
-    users, positives, wanted = [], [], []
-    for batch in batches:
-        moved = batch.to(device)
-        vectors = awaited(task.embeddings(moved.features))
-        asked = vectors[schema.candidate]
-        rows = torch.repeat_interleave(task.head.users(vectors, moved.numbers), asked.lengths().long(), dim=0)
-        users.append(rows)
-        positives.append(moved.features[schema.candidate].values())
-        wanted.append((rows * normalise(asked.values(), task.head.core.retrieval.similarity)).sum(-1))
-    rows, ids, own = torch.cat(users), torch.cat(positives), torch.cat(wanted)
-    better, ties = torch.zeros_like(own), torch.zeros_like(own)
+    asked = [_ask(task, batch.to(device), filter_seen=filter_seen) for batch in batches]
+    better = [torch.zeros_like(some.own) for some in asked]
+    ties = [torch.zeros_like(some.own) for some in asked]
     items = schema.table_of(schema.item).num_embeddings
     for begin in range(1, items, _ITEMS_AT_ONCE):
-        some = torch.arange(begin, min(items, begin + _ITEMS_AT_ONCE), device=device)
-        table = awaited(task.embeddings(_lookup(schema, some)))[schema.candidate].values()
-        scores = rows @ normalise(table, task.head.core.retrieval.similarity).T
-        # The positive itself is not compared with: the two products need not round alike.
-        other = some[None, :] != ids[:, None]
-        better += ((scores > own[:, None]) & other).sum(1)
-        ties += ((scores == own[:, None]) & other).sum(1)
-    metrics.add(1 + better + ties / 2)
+        ids = torch.arange(begin, min(items, begin + _ITEMS_AT_ONCE), device=device)
+        table = awaited(task.embeddings(_lookup(schema, ids)), width)[schema.candidate].values()
+        table = normalise(table, similarity)
+        for place, some in enumerate(asked):
+            scores = some.rows @ table.T
+            inside = (some.seen_items >= begin) & (some.seen_items < begin + ids.numel())
+            scores[some.seen_rows[inside], some.seen_items[inside] - begin] = -torch.inf
+            # The positive itself is not compared with: the two products need not round alike.
+            other = ids[None, :] != some.positives[:, None]
+            better[place] += ((scores > some.own[:, None]) & other).sum(1)
+            ties[place] += ((scores == some.own[:, None]) & other).sum(1)
+    for above, beside in zip(better, ties, strict=True):
+        metrics.add(1 + above + beside / 2)
     model.train()
     return metrics.result(group)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Held-out items of one batch.
+
+    Attributes:
+        rows: ``[n, D]`` vectors of the users. positives, own: ``[n]`` items and their scores.
+        seen_rows, seen_items: pairs that are not to be ranked.
+    """
+
+    rows: Tensor
+    positives: Tensor
+    own: Tensor
+    seen_rows: Tensor
+    seen_items: Tensor
+
+
+def _ask(task: HSTURetrievalTask, batch: SequenceBatch, *, filter_seen: bool) -> _Asked:
+    schema, head = task.head.schema, task.head
+    assert schema.candidate is not None
+    vectors = awaited(task.embeddings(batch.features), head.core.config.embedding_dim)
+    asked = vectors[schema.candidate]
+    counts = asked.lengths().long()
+    rows = torch.repeat_interleave(head.users(vectors, batch.numbers), counts, dim=0)
+    positives = batch.features[schema.candidate].values()
+    own = (rows * normalise(asked.values(), head.core.retrieval.similarity)).sum(-1)
+    nothing = positives[:0]
+    if not filter_seen:
+        return _Asked(rows, positives, own, nothing, nothing)
+    history = batch.features[schema.item]
+    users = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    owners = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), history.lengths().long())
+    if users.numel() == counts.numel():
+        # One held-out item each, as almost always: a user's row is the user's number.
+        pair_rows, pair_items = owners, history.values()
+    else:
+        pair_rows, events = (users[:, None] == owners[None, :]).nonzero(as_tuple=True)
+        pair_items = history.values()[events]
+    hidden = torch.zeros_like(own, dtype=torch.bool)
+    hidden[pair_rows[pair_items == positives[pair_rows]]] = True
+    return _Asked(rows, positives, own.masked_fill(hidden, -torch.inf), pair_rows, pair_items)
+
+
+def _users(batch: SequenceBatch, schema: FeatureSchema) -> Tensor | None:
+    """``[total_candidates]``: whose each candidate is, where the schema says."""
+    if schema.user is None or batch.numbers is None or schema.candidate is None:
+        return None
+    return torch.repeat_interleave(batch.numbers[schema.user].values(), batch.features[schema.candidate].lengths())
 
 
 def _lookup(schema: FeatureSchema, ids: Tensor) -> KeyedJaggedTensor:

@@ -17,6 +17,7 @@ from hstu_plugin.adapters.torchrec.options import OptimOptions, TableOptimizer
 _TYPES = {
     # v_r from the row's mean square, decoupled decay: the rowwise AdamW of ULTRA-HSTU.
     TableOptimizer.ROWWISE_ADAMW: EmbOptimType.PARTIAL_ROWWISE_ADAM,
+    TableOptimizer.ADAMW: EmbOptimType.ADAM,
     TableOptimizer.ROWWISE_ADAGRAD: EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     TableOptimizer.ADAGRAD: EmbOptimType.EXACT_ADAGRAD,
     TableOptimizer.SGD: EmbOptimType.EXACT_SGD,
@@ -32,9 +33,9 @@ def resolve_table_optimizer(wanted: TableOptimizer, device: torch.device) -> Tab
     on_cuda = device.type == "cuda"
     if wanted is TableOptimizer.AUTO:
         return TableOptimizer.ROWWISE_ADAMW if on_cuda else TableOptimizer.ROWWISE_ADAGRAD
-    if wanted is TableOptimizer.ROWWISE_ADAMW and not on_cuda:
+    if wanted in (TableOptimizer.ROWWISE_ADAMW, TableOptimizer.ADAMW) and not on_cuda:
         raise ValueError(
-            "optim.tables: FBGEMM fuses rowwise_adamw on CUDA only; on a CPU take rowwise_adagrad for sharded tables, "
+            f"optim.tables: FBGEMM fuses {wanted} on CUDA only; on a CPU take rowwise_adagrad for sharded tables, "
             "or hstu_plugin.optim.RowwiseAdamW for an EmbeddingCollection that is not sharded"
         )
     return wanted
@@ -58,7 +59,7 @@ def fused_params(options: OptimOptions, device: torch.device) -> dict[str, Any]:
             raise ValueError("optim.table_weight_decay: FBGEMM's fused adagrad has none; expected 0")
         return params
     params["weight_decay"] = options.table_weight_decay
-    if kind is TableOptimizer.ROWWISE_ADAMW:
+    if kind in (TableOptimizer.ROWWISE_ADAMW, TableOptimizer.ADAMW):
         params["beta1"], params["beta2"] = options.table_betas
     elif options.table_weight_decay:
         params["weight_decay_mode"] = WeightDecayMode.DECOUPLE

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from hstu_plugin.adapters.torchrec.data import (
 from hstu_plugin.adapters.torchrec.evaluate import evaluate_ranking, evaluate_retrieval
 from hstu_plugin.adapters.torchrec.fused import fused_params, set_table_steps, table_steps
 from hstu_plugin.adapters.torchrec.metrics import RankingMetrics, RetrievalMetrics
-from hstu_plugin.adapters.torchrec.options import Precision, Resume, TaskName, TrainOptions
+from hstu_plugin.adapters.torchrec.options import NegativePool, Precision, Resume, TaskName, TrainOptions
 from hstu_plugin.adapters.torchrec.ranking import HSTURankingModel, HSTURankingTask
 from hstu_plugin.adapters.torchrec.report import Report
 from hstu_plugin.adapters.torchrec.retrieval import HSTURetrievalModel, HSTURetrievalTask
@@ -82,7 +83,9 @@ class Trainer:
         self.report.say(describe_plan(self.model.plan, options.schema, options.model.embedding_dim))
         optim = options.optim
         dense = dict(in_backward_optimizer_filter(self.model.named_parameters()))
-        make_dense = partial(dense_adamw, lr=optim.dense_lr, weight_decay=optim.dense_weight_decay)
+        make_dense = partial(
+            dense_adamw, lr=optim.dense_lr, weight_decay=optim.dense_weight_decay, betas=optim.dense_betas
+        )
         self.dense = KeyedOptimizerWrapper(dense, make_dense)
         clipped = (
             GradientClippingOptimizer(self.dense, clipping=GradientClipping.NORM, max_gradient=optim.clip_norm)
@@ -111,8 +114,9 @@ class Trainer:
         options = self.options.run
         finished, metrics = True, {}
         # In-flight batches belong to an epoch: each has a pipeline of its own.
+        batches = self._batches()
         while self.epoch < options.epochs and not self._enough():
-            finished = self._train_epoch()
+            finished = self._train_epoch(islice(batches, self.plan.steps_an_epoch - self.epoch_step))
             if not finished:
                 break
         self._check_finite()
@@ -136,15 +140,22 @@ class Trainer:
             metrics = evaluate_ranking(self.model, batches, RankingMetrics(options.ranking), self.device, self.group)
         else:
             measures = RetrievalMetrics(options.run.top_k)
-            metrics = evaluate_retrieval(self.model, batches, measures, options.schema, self.device, self.group)
+            metrics = evaluate_retrieval(
+                self.model,
+                batches,
+                measures,
+                options.schema,
+                self.device,
+                self.group,
+                filter_seen=options.run.filter_seen,
+            )
         self.report.evaluated(self.step, metrics)
         return metrics
 
-    def _train_epoch(self) -> bool:
+    def _train_epoch(self, batches: Iterator[SequenceBatch]) -> bool:
         """The rest of the epoch; False when asked to stop."""
         options = self.options.run
         pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
-        batches = self._batches()
         while self.epoch_step < self.plan.steps_an_epoch and not self._enough():
             self._set_rates()
             # Dropout of a step follows from its number, so that a resumed run draws the same.
@@ -181,7 +192,7 @@ class Trainer:
             sampler=self.sampler,
             skipped=self.skipped,
         )
-        return source.epoch(self.epoch, self.epoch_step)
+        return source.epochs(range(self.epoch, self.options.run.epochs), self.epoch_step)
 
     def _enough(self) -> bool:
         return 0 < self.options.run.max_steps <= self.step
@@ -211,6 +222,8 @@ class Trainer:
         factor = min(1.0, (self.step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
         for group in self.dense.param_groups:
             group["lr"] = optim.dense_lr * factor
+        for group in self.model.fused_optimizer.param_groups:
+            group["lr"] = optim.table_lr * factor
 
     def _plan_data(self, *, training: bool) -> Any:
         """Rank 0 reads the footers; all ranks go by what it saw. Its error is every rank's."""
@@ -287,7 +300,10 @@ def _make_task(options: TrainOptions) -> torch.nn.Module:
     autocast = torch.bfloat16 if options.run.precision is Precision.BF16 else None
     if options.task is TaskName.RANKING:
         assert options.ranking is not None
-        ranker = HSTURankingModel(options.model, options.schema, options.ranking, device=_META)
+        ranker = HSTURankingModel(options.model, options.schema, options.ranking, mixture=options.mixture, device=_META)
+        if options.label_means:
+            ranker.head.core.head.start_from(torch.tensor(options.label_means))
         return HSTURankingTask(ranker, autocast=autocast)
-    model = HSTURetrievalModel(options.model, options.schema, options.retrieval, device=_META)
+    whole = options.negative_pool is NegativePool.TABLE
+    model = HSTURetrievalModel(options.model, options.schema, options.retrieval, whole_table=whole, device=_META)
     return HSTURetrievalTask(model, autocast=autocast)

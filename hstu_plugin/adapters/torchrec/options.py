@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from hstu_kernels import AttentionMask
+from hstu_plugin.adapters.torchrec.channel import Channel
 from hstu_plugin.adapters.torchrec.parquet import OnCorrupt
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 from hstu_plugin.config import HSTUConfig, RetrievalConfig
@@ -30,11 +31,12 @@ class TaskName(StrEnum):
 
 class TableOptimizer(StrEnum):
     """Optimisers of the tables, fused into the backward pass by FBGEMM. ``AUTO``: rowwise AdamW on CUDA, where it
-    exists, and rowwise Adagrad on CPU.
+    exists, and rowwise Adagrad on CPU. ``ADAMW`` keeps two moments for each element, for small tables; CUDA alone.
     """
 
     AUTO = "auto"
     ROWWISE_ADAMW = "rowwise_adamw"
+    ADAMW = "adamw"
     ROWWISE_ADAGRAD = "rowwise_adagrad"
     ADAGRAD = "adagrad"
     SGD = "sgd"
@@ -45,6 +47,16 @@ class Precision(StrEnum):
 
     FP32 = "fp32"
     BF16 = "bf16"
+
+
+class NegativePool(StrEnum):
+    """What the retrieval loss may draw from. ``SHARED``: one set of ``num_negatives`` items for all rows of a step, for
+    tables of any size. ``TABLE``: every step looks all items up, and each row draws for itself, or takes all of them
+    (``full_softmax``), as the loss of the other doors does; for tables that fit beside a batch.
+    """
+
+    SHARED = "shared"
+    TABLE = "table"
 
 
 class Resume(StrEnum):
@@ -94,12 +106,14 @@ class DataOptions:
 class OptimOptions:
     """Attributes:
     dense_lr, dense_weight_decay: AdamW of the dense part. clip_norm: of the dense gradients over all; 0: none.
+    dense_betas: of that AdamW.
     tables: optimiser of the tables. table_lr, table_weight_decay, table_eps, table_betas: its numbers.
-    warmup_steps: the dense learning rate rises linearly over so many steps.
+    warmup_steps: both learning rates rise linearly over so many steps.
     """
 
     dense_lr: float = 1e-3
     dense_weight_decay: float = 0.0
+    dense_betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
     tables: TableOptimizer = TableOptimizer.AUTO
     table_lr: float = 1e-2
@@ -110,7 +124,11 @@ class OptimOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tables", TableOptimizer(self.tables))
-        object.__setattr__(self, "table_betas", tuple(self.table_betas))
+        for name in ("dense_betas", "table_betas"):
+            betas = tuple(getattr(self, name))
+            object.__setattr__(self, name, betas)
+            if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
+                raise ValueError(f"optim.{name}: expected two numbers in [0, 1), got {betas}")
         for name in ("dense_lr", "dense_weight_decay", "clip_norm", "table_lr", "table_weight_decay", "table_eps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -128,6 +146,7 @@ class RunOptions:
     eval_every: steps between evaluations, 0: only at the end. log_every: steps between log lines.
     resume: whether to go on. timeout_s: a rank that waits longer for the others gives up.
     top_k: cut-offs of retrieval metrics. tensorboard: write event files.
+    filter_seen: retrieval never ranks an item of the user's history (the published ML-1M protocol).
     """
 
     output_dir: str
@@ -143,6 +162,7 @@ class RunOptions:
     timeout_s: int = 600
     top_k: tuple[int, ...] = (10, 50, 200)
     tensorboard: bool = True
+    filter_seen: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", Precision(self.precision))
@@ -161,6 +181,9 @@ class TrainOptions:
     Attributes:
         task: what is learned. schema: keys, columns and tables. model: the transducer.
         retrieval, ranking: the head of the task. data, optim, run: see there.
+        negative_pool: where the negatives of the retrieval loss come from.
+        label_means: of the ranking tasks, in their order; an untrained head then predicts them. Empty: it starts at 0.
+        mixture: channels of a ranker by name, in place of its one transducer; ``model`` gives what they share.
         sharding: table name -> sharding types that the planner may choose from (``row_wise``, ``table_wise``,
             ``column_wise``, ``data_parallel``, ...); tables not named: any.
         stochastic_length, load_balance: training on parts of long histories, plain or with a budget for each rank.
@@ -172,7 +195,10 @@ class TrainOptions:
     data: DataOptions
     run: RunOptions
     retrieval: RetrievalConfig = field(default_factory=lambda: RetrievalConfig(loss="sampled_softmax"))  # type: ignore[arg-type]
+    negative_pool: NegativePool = NegativePool.SHARED
     ranking: RankingConfig | None = None
+    label_means: tuple[float, ...] = ()
+    mixture: Mapping[str, Channel] = field(default_factory=dict)
     optim: OptimOptions = field(default_factory=OptimOptions)
     sharding: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stochastic_length: StochasticLengthConfig | None = None
@@ -181,6 +207,14 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.task is TaskName.RANKING and self.ranking is None:
             raise ValueError("ranking: expected a section with the tasks for task: ranking, got nothing")
+        tasks = () if self.ranking is None else self.ranking.tasks
+        if self.label_means and len(self.label_means) != len(tasks):
+            raise ValueError(f"label_means: expected one for each of {len(tasks)} tasks, got {self.label_means}")
+        if self.task is TaskName.RETRIEVAL:
+            if self.schema.actions is not None or self.mixture:
+                raise ValueError("schema.actions, mixture: expected with task: ranking, got task: retrieval")
+            if self.negative_pool is NegativePool.TABLE and self.schema.negative is None:
+                raise ValueError("negative_pool: table brings all items in under schema.negative, got no such key")
         if self.load_balance is not None and self.stochastic_length is None:
             raise ValueError("load_balance: needs a section stochastic_length, got none")
         unknown = sorted(set(self.sharding) - {table.name for table in self.schema.tables})
@@ -234,15 +268,16 @@ def options_from_dict(plain: Mapping[str, Any]) -> TrainOptions:
     if plain["task"] not in list(TaskName):
         raise ValueError(f"task: expected one of {', '.join(TaskName)}, got {plain['task']!r}")
     model = dict(plain.get("model") or {})
-    if "mask" in model:
-        model["mask"] = _section(AttentionMask, "model.mask", model["mask"])
     made: dict[str, Any] = {
         "task": TaskName(plain["task"]),
         "schema": FeatureSchema.from_dict(plain["schema"]),
-        "model": _section(HSTUConfig, "model", model),
+        "model": _model("model", model),
         "data": _section(DataOptions, "data", plain["data"]),
         "run": _section(RunOptions, "run", plain["run"]),
         "optim": _section(OptimOptions, "optim", plain.get("optim")),
+        "negative_pool": _choice(NegativePool, "negative_pool", plain.get("negative_pool", NegativePool.SHARED)),
+        "label_means": tuple(plain.get("label_means") or ()),
+        "mixture": {name: _channel(name, one, model) for name, one in (plain.get("mixture") or {}).items()},
         "sharding": {name: tuple(types) for name, types in (plain.get("sharding") or {}).items()},
     }
     if plain.get("retrieval"):
@@ -263,6 +298,30 @@ def to_dict(options: TrainOptions) -> dict[str, Any]:
 
     written: dict[str, Any] = plain(options)
     return {name: value for name, value in written.items() if value is not None}
+
+
+def _model(name: str, plain: Mapping[str, Any]) -> HSTUConfig:
+    values = dict(plain)
+    if "mask" in values:
+        values["mask"] = _section(AttentionMask, f"{name}.mask", values["mask"])
+    config: HSTUConfig = _section(HSTUConfig, name, values)
+    return config
+
+
+def _channel(name: str, plain: Any, model: Mapping[str, Any]) -> Channel:
+    """A channel's own settings above those of ``model``; or, as `to_dict` writes it, the whole ``config``."""
+    given = dict(plain or {})
+    unknown = sorted(set(given) - {"actions", "model", "config"})
+    if unknown:
+        raise ValueError(f"mixture.{name}: unknown keys {unknown}; known: ['actions', 'model']")
+    values = given["config"] if "config" in given else {**model, **(given.get("model") or {})}
+    return Channel(config=_model(f"mixture.{name}.model", values), actions=tuple(given.get("actions") or ()))
+
+
+def _choice(cls: type[StrEnum], name: str, value: Any) -> Any:
+    if value not in list(cls):
+        raise ValueError(f"{name}: expected one of {', '.join(cls)}, got {value!r}")
+    return cls(value)
 
 
 def _section(cls: type[Any], name: str, plain: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu_plugin.adapters.torchrec.schema import FeatureSchema
+from hstu_plugin.adapters.torchrec.schema import FeatureSchema, of_candidates
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -71,27 +71,36 @@ class FileColumns:
 
     Attributes:
         schema: keys, by which columns are named; those of ``ids`` are checked against their tables.
-        ids, numbers: lists of int64, or one int64 each row. labels: lists of numbers, one for each candidate.
+        ids, numbers: lists of int64, or one int64 each row.
+        measures: lists of numbers, one for each event. labels: lists of numbers, one for each candidate.
     """
 
     schema: FeatureSchema
     ids: tuple[str, ...]
     numbers: tuple[str, ...]
+    measures: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
-        return [*self.ids, *self.numbers, *self.labels]
+        return [*self.ids, *self.numbers, *self.floats]
+
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """Columns of float32, where a missing value is NaN."""
+        return self.measures + self.labels
 
     def groups(self) -> list[tuple[str, tuple[str, ...]]]:
         """Columns that must have the same lengths in every row, by their first."""
-        schema = self.schema
-        history = tuple(key for key in (*schema.side, schema.time) if key in (*self.ids, *self.numbers))
-        found: list[tuple[str, tuple[str, ...]]] = [(schema.item, history)]
+        schema, names = self.schema, self.names
+        found: list[tuple[str, tuple[str, ...]]] = [
+            (schema.item, tuple(key for key in schema.along_history[1:] if key in names))
+        ]
         if schema.candidate in self.ids:
             assert schema.candidate is not None
-            scored = (*schema.candidate_side, schema.candidate_time)
-            found.append((schema.candidate, tuple(key for key in scored if key is not None) + self.labels))
+            of = () if schema.actions is None else (*schema.actions.number_keys, *schema.actions.measure_keys)
+            scored = (*schema.along_candidates[1:], *map(of_candidates, of), *self.labels)
+            found.append((schema.candidate, tuple(key for key in scored if key in names)))
         return found
 
 
@@ -165,7 +174,7 @@ def read_table(table: pa.Table, group: RowGroup, columns: FileColumns) -> dict[s
         ValueError: a column or value is wrong; names file, row and key.
     """
     _check_schema(group.path, table.schema, columns)
-    found = {name: _column(group, name, table[name], name in columns.labels) for name in columns.names}
+    found = {name: _column(group, name, table[name], name in columns.floats) for name in columns.names}
     _check_values(group, found, columns)
     return found
 
@@ -178,8 +187,8 @@ def _check_schema(path: str, arrow: pa.Schema, columns: FileColumns) -> None:
         value = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
         whole = pa.types.is_integer(value)
         number = whole or pa.types.is_floating(value) or pa.types.is_boolean(value)
-        if not (number if name in columns.labels else whole):
-            wanted = "numbers" if name in columns.labels else "whole numbers"
+        if not (number if name in columns.floats else whole):
+            wanted = "numbers" if name in columns.floats else "whole numbers"
             raise ValueError(f"{path}: column {name!r}: expected {wanted} or lists of them, found {kind}")
 
 
@@ -220,13 +229,15 @@ def _check_values(group: RowGroup, found: dict[str, Column], columns: FileColumn
                     f"{_where(group, row, name)}: expected {found[first].lengths[row]} values as {first!r} has, "
                     f"found {found[name].lengths[row]}"
                 )
-    if schema.request_time in found:
-        wrong = np.flatnonzero(found[schema.request_time].lengths != 1)
+    for single in (schema.request_time, schema.user):
+        if single not in found:
+            continue
+        wrong = np.flatnonzero(found[single].lengths != 1)
         if wrong.size:
-            raise ValueError(f"{_where(group, int(wrong[0]), schema.request_time)}: expected one value")
+            raise ValueError(f"{_where(group, int(wrong[0]), single)}: expected one value")
+    _check_actions(group, found, schema)
     for name in columns.ids:
-        table = schema.table_of(name)
-        low = 1 if table is schema.table_of(schema.item) else 0
+        table, low = schema.table_of(name), schema.lowest_id(name)
         values = found[name].values
         outside = np.flatnonzero((values < low) | (values >= table.num_embeddings))
         if outside.size:
@@ -234,6 +245,20 @@ def _check_values(group: RowGroup, found: dict[str, Column], columns: FileColumn
             raise ValueError(
                 f"{_where(group, row, name)}: expected ids in [{low}, {table.num_embeddings}) as table {table.name!r} "
                 f"has them, found {values[outside[0]]}"
+            )
+
+
+def _check_actions(group: RowGroup, found: dict[str, Column], schema: FeatureSchema) -> None:
+    bounds = {} if schema.actions is None else schema.actions.bounds()
+    for name, (low, high) in (bounds | {of_candidates(key): bound for key, bound in bounds.items()}).items():
+        if name not in found:
+            continue
+        outside = np.flatnonzero((found[name].values < low) | (found[name].values > high))
+        if outside.size:
+            row = int(np.searchsorted(found[name].offsets, outside[0], side="right")) - 1
+            raise ValueError(
+                f"{_where(group, row, name)}: expected numbers in [{low}, {high}], found "
+                f"{found[name].values[outside[0]]}"
             )
 
 

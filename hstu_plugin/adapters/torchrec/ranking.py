@@ -10,6 +10,8 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from hstu_plugin.adapters.torchrec.batch import SequenceBatch, check_batch
+from hstu_plugin.adapters.torchrec.channel import Channel, check_channels
+from hstu_plugin.adapters.torchrec.events import EventBatch, KJTToEvents
 from hstu_plugin.adapters.torchrec.reduce import global_mean
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 from hstu_plugin.adapters.torchrec.sequence import KJTToSequence
@@ -17,30 +19,101 @@ from hstu_plugin.config import HSTUConfig
 from hstu_plugin.ranker import HSTURanker
 from hstu_plugin.ranking_config import RankingConfig
 from hstu_plugin.ranking_losses import multi_task_loss
+from hstu_plugin.ranking_tokens import with_targets
+from hstu_plugin.sequence import JaggedSequence
+from hstu_plugin.ultra.mixture import MixtureConfig, MixtureRanker
 
 
 class RankingHead(nn.Module):
     """Everything behind the tables: dense, replicated, a leaf for TorchRec's tracer, ready for ``torch.compile``."""
 
-    def __init__(self, config: HSTUConfig, schema: FeatureSchema, ranking: RankingConfig) -> None:
+    def __init__(
+        self,
+        config: HSTUConfig,
+        schema: FeatureSchema,
+        ranking: RankingConfig,
+        mixture: Mapping[str, Channel] | None = None,
+    ) -> None:
         super().__init__()
-        if config.time_bias and (schema.time is None or schema.candidate_time is None):
+        channels = dict(mixture or {})
+        timed = any(one.time_bias for one in ([c.config for c in channels.values()] or [config]))
+        if timed and (schema.time is None or schema.candidate_time is None):
             raise ValueError(
                 "schema: expected the keys time and candidate_time as the model has a time bias, got "
                 f"{schema.time!r} and {schema.candidate_time!r}"
             )
-        self.schema = schema
-        self.sequence = KJTToSequence(schema, with_candidates=True)
-        self.core = HSTURanker(config, ranking)
+        self.schema, self.channels = schema, channels
+        self.core: HSTURanker | MixtureRanker
+        if channels:
+            check_channels(channels, config, schema)
+            self.core = MixtureRanker(MixtureConfig(channels={n: c.config for n, c in channels.items()}), ranking)
+        else:
+            self.core = HSTURanker(config, ranking)
+        self.sequence: KJTToSequence | None = None
+        self.events: KJTToEvents | None = None
+        if schema.actions is None:
+            self.sequence = KJTToSequence(schema, with_candidates=True, width=config.embedding_dim)
+        else:
+            self.events = KJTToEvents(schema, config.embedding_dim)
 
-    def forward(self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None = None) -> Tensor:
-        """As `scores`."""
-        return self.scores(vectors, numbers)
+    def forward(
+        self,
+        vectors: Mapping[str, JaggedTensor],
+        numbers: KeyedJaggedTensor | None = None,
+        features: KeyedJaggedTensor | None = None,
+        measures: KeyedJaggedTensor | None = None,
+    ) -> Tensor:
+        """As `scores`; ``features``, the ids themselves, are needed for schemas with ``actions``."""
+        if self.sequence is not None:
+            return self._plain_scores(vectors, numbers)
+        if features is None:
+            raise ValueError("features: expected the ids beside their vectors for a schema with actions, got None")
+        return self.scores(vectors, SequenceBatch(features, numbers, None, measures))
 
-    def scores(self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None = None) -> Tensor:
+    def scores(self, vectors: Mapping[str, JaggedTensor], batch: SequenceBatch) -> Tensor:
         """``[total_candidates, num_tasks]`` in the order of the candidates' key: logits, values of regressions."""
+        if self.sequence is not None:
+            return self._plain_scores(vectors, batch.numbers)
+        history, candidates = self.tokens(vectors, batch)
+        if isinstance(self.core, MixtureRanker):
+            assert not isinstance(history, JaggedSequence)
+            scores: Tensor = self.core(history, candidates)
+        else:
+            assert isinstance(history, JaggedSequence)
+            scores = self.core(with_targets(history, candidates))
+        return scores
+
+    def _plain_scores(self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None) -> Tensor:
+        assert self.sequence is not None
         scores: Tensor = self.core(self.sequence(vectors, numbers))
         return scores
+
+    def training_scores(self, vectors: Mapping[str, JaggedTensor], batch: SequenceBatch) -> Tensor:
+        """As `scores`; interleaved tokens are trained as one series (HSTU, section 2.2), as `RankingModel` does."""
+        if self.events is None or not self.schema.reads_candidate_actions:
+            return self.scores(vectors, batch)
+        assert isinstance(self.core, HSTURanker)
+        events: EventBatch = self.events(vectors, batch)
+        seq, rows = events.builder.generative(events.history, events.candidates, events.users)
+        return self.core.score_rows(seq, rows)
+
+    def tokens(
+        self, vectors: Mapping[str, JaggedTensor], batch: SequenceBatch
+    ) -> tuple[JaggedSequence | dict[str, JaggedSequence], JaggedSequence]:
+        """Token vectors of the histories (by channel, for a mixture) and of the candidates, for cached scoring."""
+        if self.sequence is not None:
+            seq: JaggedSequence = self.sequence(vectors, batch.numbers)
+            return seq.history(), seq.targets()
+        assert self.events is not None
+        events: EventBatch = self.events(vectors, batch)
+        candidates = events.builder.candidates(events.candidates)
+        if not self.channels:
+            return events.builder.history(events.history, events.users), candidates
+        histories = {
+            name: events.builder.history(events.with_actions(channel.actions), events.users)
+            for name, channel in self.channels.items()
+        }
+        return histories, candidates
 
 
 class RankingLossHead(RankingHead):
@@ -49,14 +122,16 @@ class RankingLossHead(RankingHead):
     def __init__(self, head: RankingHead, autocast: torch.dtype | None) -> None:
         nn.Module.__init__(self)
         self.autocast = autocast
-        self.schema, self.sequence, self.core = head.schema, head.sequence, head.core
+        self.schema, self.channels = head.schema, head.channels
+        self.core, self.sequence, self.events = head.core, head.sequence, head.events
 
     def forward(  # type: ignore[override]
-        self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None, labels: Tensor
+        self, vectors: Mapping[str, JaggedTensor], batch: SequenceBatch
     ) -> tuple[Tensor, Tensor]:
-        ranking = self.core.ranking
+        ranking, labels = self.core.ranking, batch.labels
+        assert labels is not None
         with torch.autocast(labels.device.type, self.autocast, enabled=self.autocast is not None):
-            scores = self.scores(vectors, numbers)
+            scores = self.training_scores(vectors, batch)
         alone = [
             multi_task_loss(scores[:, [k]], labels[:, [k]], RankingConfig(tasks=(task,)))[0]
             for k, task in enumerate(ranking.tasks)
@@ -69,11 +144,13 @@ class RankingLossHead(RankingHead):
 class HSTURankingModel(nn.Module):
     """KeyedJaggedTensor in, ``[total_candidates, num_tasks]`` in the order of the candidates' key out.
 
-    Every candidate is scored as if it stood alone behind the history. What was done with an event (its action) is a
-    side feature of the history; candidates have none, so that the label cannot leak.
+    Every candidate is scored as if it stood alone behind the history. What was done at an event is in
+    ``schema.actions`` (types, intensities, contexts; tokens summed or interleaved), or a plain id among the side
+    features of the history; candidates have no action, so that the label cannot leak.
 
     Args:
         config: the transducer. schema: keys and tables. ranking: tasks and head.
+        mixture: channels by name, in the place of the one transducer of ``config``, which then gives the width.
         device: of the tables; ``torch.device("meta")`` where DistributedModelParallel makes them.
     """
 
@@ -83,26 +160,38 @@ class HSTURankingModel(nn.Module):
         schema: FeatureSchema,
         ranking: RankingConfig,
         *,
+        mixture: Mapping[str, Channel] | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.schema = schema
         self.embeddings = EmbeddingCollection(tables=schema.embedding_configs(config.embedding_dim), device=device)
-        self.head = RankingHead(config, schema, ranking)
+        self.head = RankingHead(config, schema, ranking, mixture)
 
-    def forward(self, features: KeyedJaggedTensor, numbers: KeyedJaggedTensor | None = None) -> Tensor:
+    def forward(
+        self,
+        features: KeyedJaggedTensor,
+        numbers: KeyedJaggedTensor | None = None,
+        measures: KeyedJaggedTensor | None = None,
+    ) -> Tensor:
         """Scores.
 
         Args:
             features: ids under the schema's keys, validated by `check_batch` on the host.
-            numbers: int64 seconds under its time keys.
+            numbers: int64 seconds, and the whole numbers of actions, under its keys.
+            measures: float32 numbers of actions under its keys.
         """
-        scores: Tensor = self.head(self.embeddings(features), numbers)
+        scores: Tensor = self.head(self.embeddings(features), numbers, features, measures)
         return scores
 
-    def check(self, features: KeyedJaggedTensor, numbers: KeyedJaggedTensor | None = None) -> None:
+    def check(
+        self,
+        features: KeyedJaggedTensor,
+        numbers: KeyedJaggedTensor | None = None,
+        measures: KeyedJaggedTensor | None = None,
+    ) -> None:
         """Raise unless the batch fits the schema (`check_batch`); call it before the batch travels."""
-        check_batch(SequenceBatch(features, numbers), self.schema)
+        check_batch(SequenceBatch(features, numbers, None, measures), self.schema)
 
 
 class HSTURankingTask(nn.Module):
@@ -117,5 +206,5 @@ class HSTURankingTask(nn.Module):
         self.head = RankingLossHead(model.head, autocast)
 
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        loss, rows = self.head(self.embeddings(batch.features), batch.numbers, batch.labels)
+        loss, rows = self.head(self.embeddings(batch.features), batch)
         return loss, (loss.detach(), rows)

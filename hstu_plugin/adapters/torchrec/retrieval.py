@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
@@ -14,20 +15,28 @@ from hstu_plugin.adapters.torchrec.reduce import global_mean
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 from hstu_plugin.adapters.torchrec.sequence import KJTToSequence, awaited
 from hstu_plugin.config import HSTUConfig, NegativeSource, RetrievalConfig
-from hstu_plugin.losses import normalise
+from hstu_plugin.losses import next_item_loss, normalise
 from hstu_plugin.retrieval import HSTURetrieval
+from hstu_plugin.sequence import JaggedSequence
 from hstu_plugin.shared_negatives import shared_negatives_loss
 
 
 class RetrievalHead(nn.Module):
     """Everything behind the tables: dense, replicated, a leaf for TorchRec's tracer, ready for ``torch.compile``."""
 
-    def __init__(self, config: HSTUConfig, schema: FeatureSchema, retrieval: RetrievalConfig) -> None:
+    def __init__(
+        self, config: HSTUConfig, schema: FeatureSchema, retrieval: RetrievalConfig, *, whole_table: bool = False
+    ) -> None:
         super().__init__()
+        if config.mask.contextual_sees_history and schema.contextual:
+            raise ValueError(
+                "mask.contextual_sees_history: expected False for the next-item loss, got True; contextual rows then "
+                "see the items that other rows have to predict"
+            )
         if config.time_bias and schema.time is None:
             raise ValueError("schema.time: expected the key of the event times as the model has a time bias, got None")
-        self.schema = schema
-        self.sequence = KJTToSequence(schema, with_candidates=False)
+        self.schema, self.whole_table = schema, whole_table
+        self.sequence = KJTToSequence(schema, with_candidates=False, width=config.embedding_dim)
         self.core = HSTURetrieval(config, retrieval)
 
     def users(self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None) -> Tensor:
@@ -47,7 +56,7 @@ class RetrievalHead(nn.Module):
         key = self.schema.candidate
         if key is None:
             raise ValueError("schema.candidate: expected the key of the items to score, got None")
-        vectors = awaited(vectors)
+        vectors = awaited(vectors, self.core.config.embedding_dim)
         users = self.users(vectors, numbers)
         asked = vectors[key]
         items = normalise(asked.values(), self.core.retrieval.similarity)
@@ -62,31 +71,49 @@ class RetrievalHead(nn.Module):
         numbers: KeyedJaggedTensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Mean next-item loss over all positions, and the number of positions (scalar int64)."""
-        vectors = awaited(vectors)
-        schema = self.schema
+        vectors = awaited(vectors, self.core.config.embedding_dim)
+        schema, retrieval = self.schema, self.core.retrieval
         seq = self.sequence(vectors, numbers)
-        rows = self.core.encode(seq)
-        ids = features[schema.item].values()
-        items = vectors[schema.item].values()
-        layout, total = seq.layout, seq.values.shape[0]
-        places, ends = layout.row_indices(total), layout.history_ends(total)
-        # Rows of the history; the last of each user has nothing to predict.
-        asks = (places >= layout.contextual_seq_len) & (places < ends - 1)
-        events = _event_places(vectors[schema.item].lengths().long())
-        predicted = (events > 0).nonzero().squeeze(1)
-        positive_ids, positives = ids[predicted], items[predicted]
-        if self.core.retrieval.negatives is NegativeSource.UNIFORM:
+        ids, items = features[schema.item].values(), vectors[schema.item].values()
+        # Rows are chosen before the encoder runs: the host waits for the choice, and then has the whole encoder to
+        # launch ahead of the device.
+        asks, predicted = self._asking(seq, vectors[schema.item].lengths().long(), ids.numel())
+        count = torch.tensor(predicted.numel(), device=ids.device)
+        rows = self.core.encode(seq).values.index_select(0, asks)
+        positive_ids = ids[predicted]
+        if self.whole_table:
+            if schema.negative is None:
+                raise ValueError("schema.negative: expected the key under which all items come, got None")
+            # Row 0 is the padding, which nobody draws.
+            table = F.pad(vectors[schema.negative].values(), (0, 0, 1, 0))
+            return next_item_loss(rows, positive_ids, table, retrieval), count
+        positives = items.index_select(0, predicted)
+        if retrieval.negatives is NegativeSource.UNIFORM:
             if schema.negative is None:
                 raise ValueError("schema.negative: expected the key of the drawn negatives, got None")
             negative_ids, negatives = features[schema.negative].values(), vectors[schema.negative].values()
         else:
-            count = min(self.core.retrieval.num_negatives, positive_ids.numel())
-            chosen = torch.randperm(positive_ids.numel(), device=ids.device)[:count]
+            chosen = torch.randperm(positive_ids.numel(), device=ids.device)[: retrieval.num_negatives]
             negative_ids, negatives = positive_ids[chosen], positives[chosen]
-        loss = shared_negatives_loss(
-            rows.values[asks], positive_ids, positives, negative_ids, negatives, self.core.retrieval
+        loss = shared_negatives_loss(rows, positive_ids, positives, negative_ids, negatives, retrieval)
+        return loss, count
+
+    def _asking(self, seq: JaggedSequence, events: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Rows of the encoder's output that predict, and the events in ``[0, total)`` that they predict, alike."""
+        layout = seq.layout
+        starts = torch.repeat_interleave(events.cumsum(0) - events, events, output_size=total)
+        predicted = (torch.arange(total, device=starts.device) != starts).nonzero().squeeze(1)
+        # An event's row stands behind the contextual rows of its own and all earlier users.
+        shift = torch.repeat_interleave(
+            layout.seq_offsets[:-1] - (events.cumsum(0) - events) + layout.contextual_seq_len, events, output_size=total
         )
-        return loss, torch.tensor(positive_ids.numel(), device=ids.device)
+        asks = predicted - 1 + shift[predicted]
+        if not self.core.config.truncates:
+            return asks, predicted
+        # With truncation a row that the later layers drop predicts nothing.
+        kept = self.core.encoder.output_rows(seq)
+        stay = kept[asks].nonzero().squeeze(1)
+        return (kept.cumsum(0) - 1)[asks[stay]], predicted[stay]
 
 
 class HSTURetrievalModel(nn.Module):
@@ -94,6 +121,8 @@ class HSTURetrievalModel(nn.Module):
 
     Args:
         config: the transducer. schema: keys and tables. retrieval: similarity, temperature, loss.
+        whole_table: all items from id 1 on come under ``schema.negative``, in order, with every training batch, and
+            the loss is that of `hstu_plugin.losses.next_item_loss` (``full_softmax``, or negatives for each row).
         device: of the tables; ``torch.device("meta")`` where DistributedModelParallel makes them.
     """
 
@@ -103,12 +132,13 @@ class HSTURetrievalModel(nn.Module):
         schema: FeatureSchema,
         retrieval: RetrievalConfig,
         *,
+        whole_table: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.schema = schema
         self.embeddings = EmbeddingCollection(tables=schema.embedding_configs(config.embedding_dim), device=device)
-        self.head = RetrievalHead(config, schema, retrieval)
+        self.head = RetrievalHead(config, schema, retrieval, whole_table=whole_table)
 
     def forward(self, features: KeyedJaggedTensor, numbers: KeyedJaggedTensor | None = None) -> Tensor:
         """Scores ``[total_candidates]``.
@@ -135,7 +165,8 @@ class RetrievalLossHead(RetrievalHead):
     def __init__(self, head: RetrievalHead, autocast: torch.dtype | None) -> None:
         nn.Module.__init__(self)
         self.autocast = autocast
-        self.schema, self.sequence, self.core = head.schema, head.sequence, head.core
+        self.schema, self.whole_table = head.schema, head.whole_table
+        self.sequence, self.core = head.sequence, head.core
 
     def forward(  # type: ignore[override]
         self,
@@ -164,9 +195,3 @@ class HSTURetrievalTask(nn.Module):
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         loss, rows = self.head(self.embeddings(batch.features), batch.features, batch.numbers)
         return loss, (loss.detach(), rows)
-
-
-def _event_places(lengths: Tensor) -> Tensor:
-    """``[n]``: the place of each event inside its own history."""
-    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    return torch.arange(starts.numel(), device=lengths.device) - starts

@@ -34,7 +34,6 @@ from hstu_plugin.adapters.torchrec.parquet import Column, CorruptFile, FileColum
 from hstu_plugin.adapters.torchrec.ranking import HSTURankingModel
 from hstu_plugin.adapters.torchrec.train import join_group
 from hstu_plugin.mfalcon import MFalconRanker
-from hstu_plugin.sequence import JaggedSequence
 
 _REQUESTS_AT_ONCE = 64
 
@@ -71,7 +70,9 @@ def load_ranker(options: TrainOptions) -> HSTURankingModel:
     path = kept.newest()
     if path is None:
         raise CheckpointError(f"{folder}: no usable checkpoint")
-    model = HSTURankingModel(options.model, options.schema, options.ranking, device=torch.device("cpu"))
+    model = HSTURankingModel(
+        options.model, options.schema, options.ranking, mixture=options.mixture, device=torch.device("cpu")
+    )
     kept.load(path, {f"model.{name}": value for name, value in model.state_dict().items()})
     kept.close()
     dist.destroy_process_group()
@@ -93,13 +94,14 @@ def score_file(
     assert ranking is not None and schema.candidate is not None
     columns = FileColumns(
         schema=schema,
-        ids=(*schema.history, *schema.contextual, *schema.candidates),
-        numbers=tuple(key for key in (schema.time, schema.candidate_time) if key is not None),
+        ids=(*schema.history, *schema.series, *schema.contextual, *schema.candidates),
+        numbers=tuple(key for key in (*schema.along_history, *schema.along_candidates) if key in schema.number_keys),
+        measures=tuple(key for key in schema.along_history if key in schema.measure_keys),
     )
     falcon = MFalconRanker(model.head.core, micro_batch_size=micro_batch_size)
     found: dict[str, list[Any]] = {name: [] for name in (schema.candidate, *(task.name for task in ranking.tasks))}
     for part in _read(requests, columns):
-        history = {key: part[key].last(options.data.max_history) for key in (*schema.history, schema.time) if key}
+        history = {key: part[key].last(options.data.max_history) for key in schema.along_history}
         batch = to_batch({**part, **history}, schema)
         scores = score_batch(model, falcon, batch).cpu()
         lengths = part[schema.candidate].lengths.tolist()
@@ -122,8 +124,8 @@ def score_file(
 def score_batch(model: HSTURankingModel, falcon: MFalconRanker, batch: SequenceBatch) -> Tensor:
     """``[total_candidates, num_tasks]`` probabilities and values; histories are encoded once."""
     moved = batch.to(next(model.parameters()).device)
-    seq: JaggedSequence = model.head.sequence(model.embeddings(moved.features), moved.numbers)
-    scores = falcon.score(seq.history(), seq.targets())
+    history, candidates = model.head.tokens(model.embeddings(moved.features), moved)
+    scores = falcon.score(history, candidates)
     return model.head.core.head.predictions(scores)
 
 

@@ -26,14 +26,16 @@ class KJTToSequence(nn.Module):
     Args:
         schema: keys of the batch.
         with_candidates: append the candidates as targets (ranking); without, sequences end with the history.
+        width: columns to read of wider vectors; ``None``: all.
     """
 
-    def __init__(self, schema: FeatureSchema, *, with_candidates: bool) -> None:
+    def __init__(self, schema: FeatureSchema, *, with_candidates: bool, width: int | None = None) -> None:
         super().__init__()
         if with_candidates and schema.candidate is None:
             raise ValueError("schema.candidate: expected the key of the candidates, got None")
         self.schema = schema
         self.with_candidates = with_candidates
+        self.width = width
 
     def forward(self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None = None) -> JaggedSequence:
         """Arrange the rows.
@@ -50,11 +52,11 @@ class KJTToSequence(nn.Module):
             ValueError: a key is missing or lengths do not agree. TypeError: times are not int64.
         """
         schema = self.schema
-        found = awaited(vectors)
+        found = awaited(vectors, self.width)
         check_keys(list(found), numbers, schema)
         history = summed(found, schema.history)
         lengths = found[schema.item].lengths().long()
-        contextual = [self._contextual(found[key]) for key in schema.contextual]
+        contextual = [pooled(found[key]) for key in schema.contextual]
         parts, counts = [*contextual, history], [*(torch.ones_like(lengths) for _ in contextual), lengths]
         num_targets = None
         if self.with_candidates:
@@ -65,23 +67,15 @@ class KJTToSequence(nn.Module):
         layout = JaggedLayout.from_lengths(
             torch.stack(counts).sum(0), num_targets=num_targets, contextual_seq_len=len(contextual)
         )
-        order = _order(counts, layout)
-        values = torch.cat(parts).index_select(0, order)
+        sizes = [part.shape[0] for part in parts]
+        # One part alone stands in its order already.
+        order = None if len(parts) == 1 else _order(counts, sizes, layout)
+        values = parts[0] if order is None else torch.cat(parts).index_select(0, order)
         timestamps = self._timestamps(numbers, counts, len(contextual), order)
         return JaggedSequence(values, layout, timestamps)
 
-    def _contextual(self, vectors: JaggedTensor) -> Tensor:
-        """``[B, D]``: the sum of each user's vectors."""
-        lengths = vectors.lengths().long()
-        values = vectors.values()
-        users = torch.repeat_interleave(
-            torch.arange(lengths.numel(), device=values.device), lengths, output_size=values.shape[0]
-        )
-        pooled: Tensor = values.new_zeros(lengths.numel(), values.shape[1]).index_add(0, users, values)
-        return pooled
-
     def _timestamps(
-        self, numbers: KeyedJaggedTensor | None, counts: list[Tensor], contextual: int, order: Tensor
+        self, numbers: KeyedJaggedTensor | None, counts: list[Tensor], contextual: int, order: Tensor | None
     ) -> Tensor | None:
         schema = self.schema
         if schema.time is None or numbers is None:
@@ -96,15 +90,32 @@ class KJTToSequence(nn.Module):
             match_lengths(key, numbers[key].lengths().long(), rows)
             assert own.dtype == torch.int64
         context = torch.full_like(counts[0], _CONTEXTUAL_TIME)
-        return torch.cat([context] * contextual + times).index_select(0, order)
+        joined = torch.cat([context] * contextual + times)
+        return joined if order is None else joined.index_select(0, order)
 
 
-def awaited(vectors: Mapping[str, JaggedTensor]) -> Mapping[str, JaggedTensor]:
-    """The looked-up vectors themselves, where a sharded collection returns a promise."""
+def awaited(vectors: Mapping[str, JaggedTensor], width: int | None = None) -> Mapping[str, JaggedTensor]:
+    """The looked-up vectors themselves, where a sharded collection returns a promise; the first ``width`` columns."""
     if isinstance(vectors, LazyAwaitable):
         waited: Mapping[str, JaggedTensor] = LazyAwaitable._wait_async(vectors)
-        return waited
-    return vectors
+        vectors = waited
+    if width is None or all(own.values().shape[1] == width for own in vectors.values()):
+        return vectors
+    return {
+        key: JaggedTensor(values=own.values()[:, :width], lengths=own.lengths(), offsets=own.offsets_or_none())
+        for key, own in vectors.items()
+    }
+
+
+def pooled(vectors: JaggedTensor) -> Tensor:
+    """``[B, D]``: the sum of each user's vectors."""
+    lengths = vectors.lengths().long()
+    values = vectors.values()
+    users = torch.repeat_interleave(
+        torch.arange(lengths.numel(), device=values.device), lengths, output_size=values.shape[0]
+    )
+    total: Tensor = values.new_zeros(lengths.numel(), values.shape[1]).index_add(0, users, values)
+    return total
 
 
 def summed(vectors: Mapping[str, JaggedTensor], keys: tuple[str, ...]) -> Tensor:
@@ -130,14 +141,15 @@ def match_lengths(key: str, got: Tensor, expected: Tensor, other: str = "its eve
         raise ValueError(f"lengths: expected as many {key!r} as {other}, got {got.tolist()} and {expected.tolist()}")
 
 
-def _order(counts: list[Tensor], layout: JaggedLayout) -> Tensor:
-    """``[L]``: for each row of the layout, its place among the concatenated parts."""
+def _order(counts: list[Tensor], sizes: list[int], layout: JaggedLayout) -> Tensor:
+    """``[L]``: for each row of the layout, its place among the concatenated parts of so many rows each."""
     starts = layout.seq_offsets[:-1]
     places = []
-    for lengths in counts:
+    for lengths, size in zip(counts, sizes, strict=True):
         # A part's rows are already in the order of the users: the place is the user's start plus the row within.
         offsets = lengths.cumsum(0) - lengths
-        places.append(torch.repeat_interleave(starts - offsets, lengths))
-        places[-1] = places[-1] + torch.arange(places[-1].numel(), device=starts.device)
+        moved = torch.repeat_interleave(starts - offsets, lengths, output_size=size)
+        places.append(moved + torch.arange(size, device=starts.device))
         starts = starts + lengths
-    return torch.cat(places).argsort()
+    rows = torch.cat(places)
+    return torch.empty_like(rows).scatter_(0, rows, torch.arange(rows.numel(), device=rows.device))

@@ -50,7 +50,11 @@ def shard_model(
     """
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     world = dist.get_world_size()
-    topology = Topology(world_size=world, compute_device=device.type, local_world_size=local_world_size)
+    memory = {}
+    if device.type == "cuda":
+        # The planner's own guess is 32 GiB.
+        memory = {"hbm_cap": torch.cuda.get_device_properties(device).total_memory}
+    topology = Topology(world_size=world, compute_device=device.type, local_world_size=local_world_size, **memory)
     width = next(part.embedding_dim for part in _tables(module))
     allowed = _allowed(schema, choices, world, device)
     planner = EmbeddingShardingPlanner(

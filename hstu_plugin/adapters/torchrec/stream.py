@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -87,27 +88,39 @@ class Piece:
 
 
 class PieceStream(IterableDataset[Piece]):
-    """The pieces of one rank from ``start_step`` to the end of an epoch; workers take turns in a fixed order.
+    """The pieces of one rank, the first epoch's from ``start_step`` on; workers take turns in a fixed order.
 
     Every worker yields one piece a step, empty where its shards have run out.
     """
 
-    def __init__(self, plan: StreamPlan, *, epoch: int, start_step: int, rank: int, world_size: int) -> None:
+    def __init__(self, plan: StreamPlan, *, epochs: range, start_step: int, rank: int, world_size: int) -> None:
         self.plan = plan
-        self.epoch = epoch
+        self.epochs = epochs
         self.start_step = start_step
         self.shards = [shard for shard in range(plan.num_shards) if shard % world_size == rank]
+
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """(epoch, step) of each batch."""
+        for epoch in self.epochs:
+            first = self.start_step if epoch == self.epochs.start else 0
+            for step in range(first, self.plan.steps_an_epoch):
+                yield epoch, step
 
     def __iter__(self) -> Iterator[Piece]:
         worker = get_worker_info()
         shards = self.shards if worker is None else self.shards[worker.id :: worker.num_workers]
-        order = _EpochOrder(self.plan, self.epoch)
-        readers = [_ShardReader(self.plan, order, shard) for shard in shards]
-        for step in range(self.start_step, self.plan.steps_an_epoch):
+        readers: list[_ShardReader] = []
+        now = -1
+        for epoch, step in self.steps():
+            if epoch != now:
+                now, order = epoch, _EpochOrder(self.plan, epoch)
+                groups = _GroupCache(self.plan, order)
+                readers = [_ShardReader(self.plan, order, groups, shard) for shard in shards]
             parts = [reader.rows(step) for reader in readers]
             empty = [{name: _empty(name, self.plan.columns) for name in self.plan.columns.names}]
             lost = [reader.take_lost() for reader in readers]
-            yield Piece(join([*parts, *empty]), sum(n for n, _ in lost), tuple(why for _, some in lost for why in some))
+            reasons = groups.take_reasons()
+            yield Piece(join([*parts, *empty]), sum(lost), tuple(reasons))
 
 
 class _EpochOrder:
@@ -122,16 +135,52 @@ class _EpochOrder:
         self.starts = np.concatenate([[0], np.cumsum([group.rows for group in self.groups])]).astype(np.int64)
 
 
+@dataclass(eq=False)
+class _Group:
+    """A row group in memory; ``columns`` are ``None`` where it cannot be read."""
+
+    columns: dict[str, Column] | None
+
+
+@dataclass
+class _GroupCache:
+    """Row groups by their place in the epoch's order, while a shard holds them: shards of one group read it once."""
+
+    plan: StreamPlan
+    order: _EpochOrder
+    held: WeakValueDictionary[int, _Group] = field(default_factory=WeakValueDictionary)
+    reasons: list[str] = field(default_factory=list)
+
+    def get(self, index: int) -> _Group:
+        """The group, from memory or from its file."""
+        group = self.held.get(index)
+        if group is None:
+            try:
+                group = _Group(read_row_group(self.order.groups[index], self.plan.columns))
+            except CorruptFile as error:
+                if self.plan.on_corrupt is OnCorrupt.ERROR:
+                    raise CorruptFile(f"{error}; remove the file, or set data.on_corrupt: skip") from error
+                group = _Group(None)
+                self.reasons.append(str(error))
+            self.held[index] = group
+        return group
+
+    def take_reasons(self) -> list[str]:
+        """Why groups could not be read since the last call."""
+        reasons, self.reasons = self.reasons, []
+        return reasons
+
+
 @dataclass
 class _ShardReader:
     plan: StreamPlan
     order: _EpochOrder
+    groups: _GroupCache
     shard: int
     window: int = -1
     pieces: list[dict[str, Column]] = field(default_factory=list)
-    kept: tuple[int, dict[str, Column] | None] = (-1, None)
+    group: _Group | None = None
     lost: int = 0
-    reasons: list[str] = field(default_factory=list)
 
     def rows(self, step: int) -> dict[str, Column]:
         """The shard's rows of a step."""
@@ -140,11 +189,10 @@ class _ShardReader:
             self.window, self.pieces = window, self._read_window(window)
         return self.pieces[place]
 
-    def take_lost(self) -> tuple[int, list[str]]:
-        """Rows lost since the last call, and why."""
-        lost, reasons = self.lost, self.reasons
-        self.lost, self.reasons = 0, []
-        return lost, reasons
+    def take_lost(self) -> int:
+        """Rows lost since the last call."""
+        lost, self.lost = self.lost, 0
+        return lost
 
     def _read_window(self, window: int) -> list[dict[str, Column]]:
         plan = self.plan
@@ -172,27 +220,16 @@ class _ShardReader:
         while place < end:
             index = int(np.searchsorted(starts, place, side="right")) - 1
             upto = min(end, int(starts[index + 1]))
-            group = self._group(index)
-            if group is None:
+            self.group = self.groups.get(index)
+            if self.group.columns is None:
                 self.lost += upto - place
             else:
                 some = np.arange(place - starts[index], upto - starts[index])
-                parts.append({name: column.take(some) for name, column in group.items()})
+                parts.append({name: column.take(some) for name, column in self.group.columns.items()})
             place = upto
         return join(parts)
 
-    def _group(self, index: int) -> dict[str, Column] | None:
-        if self.kept[0] != index:
-            try:
-                self.kept = (index, read_row_group(self.order.groups[index], self.plan.columns))
-            except CorruptFile as error:
-                if self.plan.on_corrupt is OnCorrupt.ERROR:
-                    raise CorruptFile(f"{error}; remove the file, or set data.on_corrupt: skip") from error
-                self.kept = (index, None)
-                self.reasons.append(str(error))
-        return self.kept[1]
-
 
 def _empty(name: str, columns: FileColumns) -> Column:
-    values: Array = np.zeros(0, dtype=np.float32 if name in columns.labels else np.int64)
+    values: Array = np.zeros(0, dtype=np.float32 if name in columns.floats else np.int64)
     return Column(values, np.zeros(1, dtype=np.int64))

@@ -78,8 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hstu_plugin.adapters.torchrec.train", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the training")
     parser.add_argument("--evaluate-only", action="store_true", help="evaluate the newest checkpoint and stop")
+    # Several behind one flag, too: TorchX refuses a flag that it sees twice.
     parser.add_argument(
-        "--set", action="append", default=[], type=_setting, metavar="SECTION.KEY=VALUE", help="replace a setting"
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        type=_setting,
+        metavar="SECTION.KEY=VALUE",
+        help="replace settings",
     )
     return parser
 

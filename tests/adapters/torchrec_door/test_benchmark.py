@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.distributed import scaling
-from hstu_plugin.adapters.torchrec.benchmark import Sizes, _batch, _flops, matrix_rate
+from hstu_plugin.adapters.torchrec.benchmark import Sizes, _batch, _dealt, _flops, matrix_rate
 from hstu_plugin.config import HSTUConfig
 
 from .training import ROOT, environment
@@ -22,13 +22,25 @@ TINY = Sizes(users=3, max_seq_len=8, embedding_dim=8, num_layers=1, num_heads=1,
 
 def test_operations_are_counted_by_length() -> None:
     config = HSTUConfig(embedding_dim=8, num_layers=1, max_seq_len=8)
-    batch = _batch(TINY, 0)
+    batch = _batch(TINY, 0, 0, 1)
     lengths = batch.features["item_id"].lengths().tolist()
     # Projections of four widths in, one out; attention over i + 1 keys of row i, twice.
     layer = sum(2 * n * 8 * (4 * 8) + 2 * n * 8 * 8 + 2 * 2 * 8 * n * (n + 1) // 2 for n in lengths)
     loss = sum(2 * (n - 1) * 4 * 8 for n in lengths)
     assert _flops(config, batch, TINY) == pytest.approx(3 * (layer + loss), rel=0.05)
     assert matrix_rate(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_ranks_have_shares_of_one_draw_that_weigh_alike() -> None:
+    lengths = torch.randint(1, 2000, (48,), generator=torch.Generator().manual_seed(0))
+    shares = [_dealt(lengths, rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat(shares).sort().values, lengths.sort().values)
+    totals = [int(share.sum()) for share in shares]
+    assert max(totals) - min(totals) < 0.02 * sum(totals)
+    batches = [_batch(TINY, 0, rank, 2) for rank in range(2)]
+    items = [batch.features["item_id"].values() for batch in batches]
+    assert not torch.equal(*(own[:5] for own in items))
+    assert torch.equal(*(batch.features["negative"].values() for batch in batches))
 
 
 def test_efficiency() -> None:

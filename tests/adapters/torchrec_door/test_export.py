@@ -6,19 +6,22 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hstu_kernels import AttentionMask
-from hstu_plugin.adapters.torchrec.export import PaddedRetrievalScorer, export_scorer
+from hstu_plugin.adapters.torchrec.export import PaddedRankingScorer, PaddedRetrievalScorer, export_scorer
 from hstu_plugin.config import RetrievalConfig, Variant
 from hstu_plugin.losses import normalise
+from hstu_plugin.ranker import HSTURanker
+from hstu_plugin.ranking_tokens import with_targets
 from hstu_plugin.retrieval import HSTURetrieval
 from hstu_plugin.sequence import JaggedSequence
 
-from .cases import NOW, config, unit_tables
+from .cases import NOW, TASKS, config, unit_tables
 
 LENGTHS = (3, 0, 7, 12, 1)
 WIDTH, ASKED = 12, 4
@@ -71,6 +74,52 @@ def test_what_lies_behind_the_lengths_does_not_matter() -> None:
     torch.testing.assert_close(scorer(*moved), scorer(*given), rtol=0, atol=0)
 
 
+def ranker(dtype: torch.dtype = torch.float64, **changes: object) -> HSTURanker:
+    torch.manual_seed(1)
+    model = HSTURanker(config(**changes), TASKS).to(dtype).eval()
+    unit_tables(model.encoder)
+    return model
+
+
+def ranking_inputs(contextual: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    history, lengths, candidates, times, _ = inputs(dtype)
+    lengths = lengths.clamp(min=contextual)
+    times = times.clone()
+    times[:, :contextual] = 0
+    asked_at = times.amax(1, keepdim=True) + 50 * torch.arange(ASKED)
+    return history, lengths, candidates, times, asked_at
+
+
+@pytest.mark.parametrize("contextual", [0, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"row_time": "event", "variant": "production"},
+        {"variant": "ultra", "mask": AttentionMask(max_attn_len=2, full_attn_tail_len=2, global_prefix_len=1)},
+        {"mask": AttentionMask(max_attn_len=2, window_targets=True)},
+    ],
+    ids=["default", "production", "semi-local", "windowed-targets"],
+)
+def test_padded_ranking_scores_are_the_jagged_models(contextual: int, changes: dict[str, object]) -> None:
+    model, given = ranker(**changes), ranking_inputs(contextual)
+    history, lengths, candidates, times, asked_at = given
+    before = JaggedSequence.from_padded(history, lengths, times)
+    before = replace(before, layout=replace(before.layout, contextual_seq_len=contextual))
+    behind = JaggedSequence.from_padded(candidates, torch.full_like(lengths, ASKED), asked_at)
+    wanted = model(with_targets(before, behind)).view(len(LENGTHS), ASKED, -1)
+    got = PaddedRankingScorer(model, contextual=contextual)(*given)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    assert wanted.std() > 0.01
+
+
+@pytest.mark.parametrize("scorer", [PaddedRetrievalScorer, PaddedRankingScorer])
+def test_truncation_is_refused(scorer: type) -> None:
+    make = core if scorer is PaddedRetrievalScorer else ranker
+    with pytest.raises(ValueError, match="truncate_after_layers: expected 0 for padded scoring, got 1"):
+        scorer(make(num_layers=2, truncate_after_layers=1, truncate_to=4))
+
+
 RELOAD = """
 import sys, torch
 program = torch.export.load(sys.argv[1])
@@ -83,8 +132,11 @@ print("equal")
 """
 
 
-def test_exported_program_runs_in_a_fresh_process_without_us(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["retrieval", "ranking"])
+def test_exported_program_runs_in_a_fresh_process_without_us(kind: str, tmp_path: Path) -> None:
     scorer, given = PaddedRetrievalScorer(core(torch.float32)), inputs(torch.float32)
+    if kind == "ranking":
+        scorer, given = PaddedRankingScorer(ranker(torch.float32), contextual=1), ranking_inputs(1, torch.float32)
     torch.export.save(export_scorer(scorer, history_len=WIDTH, num_candidates=ASKED), tmp_path / "scorer.pt2")
     torch.save((given, scorer(*given).detach()), tmp_path / "case.pt")
     environment = {"PATH": os.environ["PATH"], "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hstu_plugin.adapters.torchrec.metrics import RankingMetrics, RetrievalMetrics, auc
+from hstu_plugin.adapters.torchrec.metrics import RankingMetrics, RetrievalMetrics, auc, grouped_auc
 from hstu_plugin.ranking_config import RankingConfig, TaskConfig
 
 
@@ -59,3 +59,19 @@ def test_ranking_metrics(group: dist.ProcessGroup) -> None:
     assert got["click/auc"] == 1.0
     assert got["watch/rmse"] == pytest.approx(math.sqrt(0.25 / 2))
     assert got["examples"] == 3
+
+
+def test_grouped_auc_is_the_weighted_mean_over_groups_with_both_labels() -> None:
+    draw = torch.Generator().manual_seed(3)
+    groups = torch.randint(0, 9, (200,), generator=draw)
+    labels = torch.randint(0, 2, (200,), generator=draw).double()
+    labels[groups == 4] = 1.0
+    scores = torch.randint(0, 6, (200,), generator=draw).double()
+    wanted = total = 0.0
+    for group in range(9):
+        own = groups == group
+        if 0 < labels[own].sum() < own.sum():
+            wanted += float(own.sum()) * auc(scores[own], labels[own])
+            total += float(own.sum())
+    assert grouped_auc(scores, labels, groups) == pytest.approx(wanted / total, abs=1e-12)
+    assert math.isnan(grouped_auc(scores, torch.ones(200), groups))

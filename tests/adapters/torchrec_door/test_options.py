@@ -64,6 +64,47 @@ def test_overrides_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert main(["--config", str(path), "--set", "run.speed=1"]) == 2
     assert "unknown keys ['speed']" in capsys.readouterr().err
+    # TorchX passes a flag on once.
+    assert main(["--config", str(path), "--set", "run.epochs=2", "run.speed=1"]) == 2
+    assert "unknown keys ['speed']" in capsys.readouterr().err
+
+
+MIXTURE = {
+    "task": "ranking",
+    "schema": {
+        "candidate": "candidate",
+        "candidate_time": "candidate_time",
+        "actions": {"names": ["click", "like"]},
+        "tables": [{"name": "item", "num_embeddings": 9, "features": ["item_id", "candidate"]}],
+    },
+    "model": {"embedding_dim": 8, "max_seq_len": 16, "num_layers": 1, "mask": {"max_attn_len": 4}},
+    "mixture": {"all": {}, "liked": {"actions": ["like"], "model": {"num_layers": 2}}},
+    "ranking": {"tasks": [{"name": "click"}]},
+    "data": {"train": "x"},
+    "run": {"output_dir": "y"},
+}
+
+
+def test_channels_take_what_they_share_from_the_model() -> None:
+    options = options_from_dict(MIXTURE)
+    every, liked = options.mixture["all"], options.mixture["liked"]
+    assert (every.config.num_layers, liked.config.num_layers) == (1, 2)
+    assert liked.config.mask.max_attn_len == 4 and liked.actions == ("like",) and every.actions == ()
+    assert options_from_dict(to_dict(options)) == options
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixture": {"all": {"speed": 1}}}, r"mixture\.all: unknown keys \['speed'\]"),
+        ({"label_means": [0.1, 0.2]}, "label_means: expected one for each of 1 tasks"),
+        ({"negative_pool": "all"}, "negative_pool: expected one of shared, table"),
+        ({"task": "retrieval"}, "expected with task: ranking"),
+    ],
+)
+def test_what_does_not_fit_a_ranker(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        options_from_dict({**MIXTURE, **changes})
 
 
 def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
