@@ -81,15 +81,15 @@ def draw(newest: dict[tuple[str, str, int], Row], output: Path) -> None:
     from matplotlib.figure import Figure
 
     phases = [phase for phase in PUBLISHED if any(key[0] == phase for key in newest)]
-    figure = Figure(figsize=(5.2 * max(1, len(phases)), 3.2), layout="constrained")
+    figure = Figure(figsize=(6.4 * max(1, len(phases)), 3.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(phases)), squeeze=False)[0]
     for panel, phase in zip(panels, phases, strict=False):
         found = [(key, row) for key, row in newest.items() if key[0] == phase]
-        names = [NAMES[key[1]] + (", two rows an event" if key[2] == 2 else "") for key, _ in found]
+        names = [NAMES[key[1]] + (", two rows" if key[2] == 2 else "") for key, _ in found]
         bars = panel.barh(names, [float(row["ms"]) for _, row in found])
         panel.bar_label(bars, [f"{float(row['ms']):.1f}" for _, row in found], padding=3)
         panel.invert_yaxis()
-        panel.margins(x=0.15)
+        panel.margins(x=0.25)
         panel.set(title="training step" if phase == "training" else "scoring", xlabel="ms for one history")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)

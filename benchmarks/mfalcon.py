@@ -293,7 +293,7 @@ def draw(rows: list[dict[str, str]], output: Path) -> None:
 
     newest = {(int(r["history"]), r["way"], int(r["candidates"])): r for r in rows}
     lengths = sorted({key[0] for key in newest})
-    figure = Figure(figsize=(3.6 * len(lengths), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(lengths) + 1.4, 3.4), layout="constrained")
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for panel, length in zip(panels, lengths, strict=True):
         for way in (way for way in WAYS if way != "prefill"):
@@ -304,7 +304,7 @@ def draw(rows: list[dict[str, str]], output: Path) -> None:
         panel.set(xscale="log", yscale="log", title=f"history {length}", xlabel="candidates of a request")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("candidates per second")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(f"{rows[-1]['device']}, {rows[-1]['layers']} layers, d {rows[-1]['dim']}, {rows[-1]['dtype']}")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
