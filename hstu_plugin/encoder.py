@@ -130,7 +130,7 @@ class HSTUEncoder(nn.Module):
         x, checked = targets.values, None
         fused = resolved_backend(x, self.config.backend) is Backend.TRITON
         for layer, kv in zip(self._stack(), cache, strict=True):
-            # The layers of a stretch share a layout, and checking it waits for the device.
+            # The layers of a stretch share what there is to check.
             decode = layer.decode_static if fused and kv.layout is checked else layer.decode
             x, checked = decode(x, targets.layout, targets.timestamps, kv), kv.layout
         return targets.with_values(x)

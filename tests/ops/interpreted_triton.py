@@ -238,9 +238,12 @@ TARGET_MASKS = {
     "window-meets-prefix": AttentionMask(max_attn_len=20, global_prefix_len=18, window_targets=True),
 }
 
+# Stretches of one block and of two; candidates that ask at one time and at their own.
+TARGET_WAYS = [(name, None, 16, True) for name in TARGET_MASKS]
+TARGET_WAYS += [(name, 3, 32, False) for name in ("as-named", "window-prefix")]
 
-@pytest.mark.parametrize(("micro_batch_size", "split_rows", "together"), [(None, 16, True), (3, 32, False)])
-@pytest.mark.parametrize("name", TARGET_MASKS)
+
+@pytest.mark.parametrize(("name", "micro_batch_size", "split_rows", "together"), TARGET_WAYS)
 @pytest.mark.parametrize("case", TARGET_CASES, ids=str)
 def test_cached_targets_equal_the_oracle(
     case: AttentionCase, name: str, micro_batch_size: int | None, split_rows: int, together: bool
