@@ -15,7 +15,7 @@ import torch
 
 from hstu_kernels.attention.triton import interpreting
 from hstu_kernels.int4 import PackedRows, RowFormat, gather_rows, pack_rows, unpack_rows
-from hstu_kernels.int4.triton.shape import LAUNCH_OPTIONS, gather_shape
+from hstu_kernels.int4.triton.shape import TILE, GatherTile, gather_shape
 from tests.ops.int4_cases import GATHER_CASES, GatherCase, gather_inputs, gather_oracle
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -50,14 +50,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def compiled(
-    capability: int, dim: int, *, row_format: RowFormat = RowFormat.INT4, out: str = "bf16", added: str | None = "bf16"
+    capability: int,
+    dim: int,
+    *,
+    row_format: RowFormat = RowFormat.INT4,
+    out: str = "bf16",
+    added: str | None = "bf16",
+    tile: GatherTile = TILE,
 ) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from hstu_kernels.int4.triton.gather import int4_gather_kernel as kernel
 
-    shape = gather_shape(PackedRows(torch.empty(1, row_format.row_bytes(dim), dtype=torch.uint8), dim, row_format))
+    shape = gather_shape(
+        PackedRows(torch.empty(1, row_format.row_bytes(dim), dtype=torch.uint8), dim, row_format), tile
+    )
     types = {
         "data_ptr": f"*{ {4: 'i32', 2: 'i16', 1: 'u8'}[shape.unit_bytes] }",
         "out_ptr": f"*{out}",
@@ -71,13 +79,13 @@ def compiled(
     }
     constants: dict[str, Any] = {"SHAPE": shape}
     if added is None:
-        constants |= dict.fromkeys(("action_ptr", "action_ids_ptr", "position_ptr", "position_ids_ptr"))
+        constants |= dict.fromkeys(("action_ptr", "action_ids_ptr", "position_ptr", "position_ids_ptr", "item_scale"))
     signature = {a: "constexpr" if a in constants else types.get(a, "*i64") for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")}
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", capability, 32),
-        options=LAUNCH_OPTIONS,
+        options=tile.launch_options,
     )
 
 
@@ -87,12 +95,14 @@ def compiled(
 def test_memory_is_accessed_in_wide_steps(capability: int, dim: int) -> None:
     kernel = compiled(capability, dim)
     code = kernel.asm["ptx"]
-    # Eight bfloat16 of a row at once, written and read. Next to nothing is passed between threads on the way: newer
-    # releases of Triton need no shared memory, 3.6 two kilobytes.
+    # Eight bfloat16 of a row at once, written and read; nothing is passed between threads on the way.
     assert re.search(r"st\.global\.v4\.b32", code)
     assert re.search(r"ld\.global\.v4\.b32", code)
-    assert kernel.metadata.shared <= 2048
-    assert "fma.rn.f32" not in code
+    assert kernel.metadata.shared == 0
+    # One fused operation for each element, that of the exact product; other products and sums are rounded apart.
+    elements = 8 * TILE.units // (32 * TILE.warps)
+    assert len(re.findall(r"fma\.rn\.f32", code)) == elements
+    assert len(re.findall(r"add\S*\.f32", code)) == 2 * elements
 
 
 OTHERS = [
