@@ -95,13 +95,15 @@ def test_adapters_do_not_import_each_other() -> None:
     adapters = PLUGIN / "adapters"
     if not adapters.is_dir():
         return
+    # Modules beside the folders are what several doors share; they know no door.
+    shared = {path.stem for path in adapters.glob("*.py")}
     for path in sorted(adapters.rglob("*.py")):
         own = path.relative_to(adapters).parts[0]
         if own == BRIDGE:
             continue
         for name, line in imports(path, PLUGIN):
             parts = name.split(".")
-            if parts[:2] == ["hstu_plugin", "adapters"] and len(parts) > 2:
+            if parts[:2] == ["hstu_plugin", "adapters"] and len(parts) > 2 and parts[2] not in shared:
                 assert parts[2] == own, f"{relative(path)} line {line} imports {name}"
 
 
