@@ -17,6 +17,7 @@ from benchmarks.timing import Spread, synchronize
 from hstu_kernels import JaggedLayout
 from hstu_kernels.int4 import PackedRows, gather_rows
 from hstu_plugin.events import Events
+from hstu_plugin.feature_tables import FeatureTables
 from hstu_plugin.mfalcon_serving import MFalconServer, ServingRequest
 from hstu_plugin.ranking_config import Categorical, RankingConfig, RankingFeatures, TaskConfig, TokenForm
 from hstu_plugin.ranking_model import RankingModel
@@ -135,8 +136,11 @@ def _server(rows: PackedRows | Tensor, case: HostCase, device: torch.device) -> 
     ranking = RankingConfig(tasks=(TaskConfig(name="click"), TaskConfig(name="share")))
     torch.manual_seed(0)
     model = RankingModel(features, config, ranking).to(device, torch.bfloat16).eval()
+    with torch.device("meta"):
+        # The model's own item rows would take memory and are never read.
+        model.embedding.items = FeatureTables((Categorical(name="item", num_ids=case.table_rows),), case.dim)
     table = ServingTable(rows, device=device, placement="host", backend=case.backend, in_flight=3)
-    server = MFalconServer(model, [table], micro_batch_size=case.ids)
+    server = MFalconServer(model, table, micro_batch_size=case.ids)
     ids = torch.randint(0, case.table_rows, (case.history, 1), generator=torch.Generator().manual_seed(1))
     none = ids.new_zeros(case.history, 0)
     history = Events(

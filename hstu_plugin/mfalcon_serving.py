@@ -52,7 +52,7 @@ class ServingRequest:
 class _OnTheWay:
     """A request's data: item rows by table, and the other columns on the device."""
 
-    rows: list[Prefetched]
+    rows: Prefetched
     history: Events | None
     candidates: Events
     contextual: Tensor | None
@@ -80,19 +80,19 @@ class MFalconServer:
 
     Args:
         model: in evaluation mode, where it computes; its own item tables are not looked at.
-        tables: one for each item feature of the model, in their order, for the model's device and dtype.
+        table: the rows of all item features of the model, one behind the other, for the model's device and dtype.
         micro_batch_size, cuda_graphs: as `MFalconRanker`.
         ahead: requests that are fetched before the one in front of them is scored.
         cache: of `MFalconRanker.new_cache` for cached users; default: one without limits.
 
     Raises:
-        ValueError: tables do not fit the model, or ``ahead`` is no number >= 1.
+        ValueError: the table does not fit the model, or ``ahead`` is no number >= 1.
     """
 
     def __init__(
         self,
         model: RankingModel,
-        tables: Sequence[ServingTable],
+        table: ServingTable,
         *,
         micro_batch_size: int,
         cuda_graphs: bool = False,
@@ -101,20 +101,20 @@ class MFalconServer:
     ) -> None:
         if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1:
             raise ValueError(f"ahead: expected an int >= 1, got {ahead!r}")
-        self.model, self.tables, self.ahead = model, tuple(tables), ahead
+        self.model, self.table, self.ahead = model, table, ahead
         weight = next(model.ranker.parameters())
         self.device = weight.device
-        wanted = len(model.embedding.features.items)
-        if len(self.tables) != wanted:
-            raise ValueError(f"tables: expected {wanted}, one for each item feature, got {len(self.tables)}")
-        for number, table in enumerate(self.tables):
-            facts = (table.dim, table.dtype, table.device.type)
-            expected = (model.embedding.width, weight.dtype, self.device.type)
-            if facts != expected:
-                raise ValueError(
-                    f"tables[{number}]: expected width, dtype and device of the model {expected}, got {facts}; "
-                    "ServingTable(dtype=..., device=...) sets them"
-                )
+        items = model.embedding.items
+        facts = (table.num_rows, table.dim, table.dtype, table.device.type)
+        expected = (sum(items.sizes), items.width, weight.dtype, self.device.type)
+        if facts != expected:
+            raise ValueError(
+                f"table: expected rows, width, dtype and device of the model's items {expected}, got {facts}; "
+                "ServingTable(dtype=..., device=...) sets the last two"
+            )
+        # Read by the thread, so on the CPU whatever the model computes on.
+        self._limits = torch.tensor(items.sizes)
+        self._starts = self._limits.cumsum(0) - self._limits
         self.scorer = MFalconRanker(model.ranker, micro_batch_size=micro_batch_size, cuda_graphs=cuda_graphs)
         context = len(model.embedding.features.users)
         self.cache = self.scorer.new_cache(contextual_seq_len=context) if cache is None else cache
@@ -148,22 +148,23 @@ class MFalconServer:
         """
         dtype = next(model.ranker.parameters()).dtype
 
-        def table(rows: object) -> ServingTable:
-            return ServingTable(
-                rows,  # type: ignore[arg-type]
-                device=device,
-                placement=placement,
-                dtype=dtype,
-                backend=backend,
-                in_flight=ahead + 1,
-            )
-
-        items = [item if isinstance(item, QuantizedEmbedding) else item.weight for item in model.embedding.items]
-        tables = [table(rows) for rows in items]
-        # Tables of their own for the model's lookups, over the same memory: a table serves one thread.
-        model.embedding.items = nn.ModuleList(ServedEmbedding(table(own.source)) for own in tables)
+        items = model.embedding.items
+        if items.rows is None:
+            raise ValueError("model: expected item features, got none")
+        rows: nn.Module = items.rows
+        table = ServingTable(
+            rows if isinstance(rows, QuantizedEmbedding) else items.rows.weight,
+            device=device,
+            placement=placement,
+            dtype=dtype,
+            backend=backend,
+            in_flight=ahead + 1,
+        )
+        # One of its own for the model's lookups, over the same memory: a table serves one thread.
+        own = ServingTable(table.source, device=device, placement=placement, dtype=dtype, backend=backend)
+        items.rows = ServedEmbedding(own)  # type: ignore[assignment]
         model = model.to(device).eval()
-        return cls(model, tables, micro_batch_size=micro_batch_size, cuda_graphs=cuda_graphs, ahead=ahead)
+        return cls(model, table, micro_batch_size=micro_batch_size, cuda_graphs=cuda_graphs, ahead=ahead)
 
     def prefill(self, users: Sequence[User], history: Events, contextual: Tensor | None = None) -> None:
         """Encode histories and keep them in the cache, as `MFalconRanker.prefill`; arguments on the CPU."""
@@ -203,10 +204,7 @@ class MFalconServer:
     def _fetch(self, request: ServingRequest) -> _OnTheWay:
         """In the thread: item rows and all other columns start their way to the device."""
         parts = [events for events in (request.history, request.candidates) if events is not None]
-        ids = torch.cat([events.items for events in parts])
-        if ids.shape[1] != len(self.tables):
-            raise ValueError(f"items: expected {len(self.tables)} columns as RankingFeatures.items, got {ids.shape[1]}")
-        rows = [table.prefetch(ids[:, column].contiguous()) for column, table in enumerate(self.tables)]
+        rows = self.table.prefetch(self._places(torch.cat([events.items for events in parts])))
         if self._stream is None:
             return _OnTheWay(rows, request.history, request.candidates, request.contextual, None)
         with torch.cuda.stream(self._stream):
@@ -218,6 +216,20 @@ class MFalconServer:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(self._stream)
         return _OnTheWay(rows, history, candidates, contextual, ready)
+
+    def _places(self, ids: Tensor) -> Tensor:
+        """``[E * features]`` rows of the table; ids ``[E, features]`` on the CPU."""
+        names = self.model.embedding.items.names
+        if ids.shape[1] != len(names):
+            raise ValueError(f"items: expected {len(names)} columns as RankingFeatures.items, got {ids.shape[1]}")
+        outside = ((ids < 0) | (ids >= self._limits)).nonzero()
+        if outside.numel():
+            row, column = outside[0].tolist()
+            raise ValueError(
+                f"items: expected ids in [0, {int(self._limits[column])}) of {names[column]!r}, got "
+                f"{int(ids[row, column])}"
+            )
+        return (ids + self._starts).reshape(-1)
 
     @torch.no_grad()
     def _scored(self, request: ServingRequest, fetched: Future[_OnTheWay]) -> Tensor:
@@ -238,8 +250,8 @@ class MFalconServer:
             # Allocated on the copying stream: not to be used again there before this stream is done with them.
             for tensor in [*extra, *(tensor for events in parts for tensor in events.tensors())]:
                 tensor.record_stream(stream)
-        first, *others = [table.rows(own) for table, own in zip(self.tables, fetched.rows, strict=True)]
-        vectors = sum(others, start=first)
+        # As `FeatureTables` and `TokenBuilder` do it: [E, features, D], summed.
+        vectors = self.table.rows(fetched.rows).view(-1, len(self._limits), self.table.dim).sum(1)
         history, embedding = None, self.model.embedding
         if fetched.history is not None:
             count = fetched.history.items.shape[0]

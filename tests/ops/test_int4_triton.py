@@ -77,9 +77,9 @@ def compiled(
         "num_positions": "i32",
         "item_scale": "fp32",
     }
-    constants: dict[str, Any] = {"SHAPE": shape}
+    constants: dict[str, Any] = {"SHAPE": shape, "SCALED": added is not None}
     if added is None:
-        constants |= dict.fromkeys(("action_ptr", "action_ids_ptr", "position_ptr", "position_ids_ptr", "item_scale"))
+        constants |= dict.fromkeys(("action_ptr", "action_ids_ptr", "position_ptr", "position_ids_ptr"))
     signature = {a: "constexpr" if a in constants else types.get(a, "*i64") for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")}
     return triton.compile(

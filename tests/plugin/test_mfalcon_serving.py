@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hstu_kernels.int4 import PackedRows
 from hstu_plugin.config import HSTUConfig
 from hstu_plugin.events import Events
 from hstu_plugin.mfalcon import MFalconRanker
@@ -159,20 +160,22 @@ def test_only_distinct_packed_rows_travel(servers: list[MFalconServer]) -> None:
     assert request.history is not None
     ids = torch.cat([request.history.items, request.candidates.items])
     server.score(request)
-    for column, table in enumerate(server.tables):
-        distinct = ids[:, column].unique().numel()
-        assert table.counts.unique_rows == distinct
-        # Four bytes of codes, four of scale and bias; int64 places.
-        assert table.counts.bytes == 8 * distinct + 8 * ids.shape[0]
+    sizes = server.model.embedding.items.sizes
+    # Equal ids of different features are different rows.
+    distinct = sum(ids[:, column].unique().numel() for column in range(len(sizes)))
+    assert server.table.num_rows == sum(sizes)
+    assert server.table.counts.unique_rows == distinct
+    # Four bytes of codes, four of scale and bias; int64 places.
+    assert server.table.counts.bytes == 8 * distinct + 8 * ids.numel()
 
 
 def test_the_models_device_holds_no_item_table(servers: list[MFalconServer]) -> None:
     model = make_model()
     server = serve(servers, model)
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
-    assert not any(name.startswith("embedding.items") for name in names)
-    lookup: Any = model.embedding.items[0]
-    assert lookup.table.source.data.data_ptr() == server.tables[0].source.data.data_ptr()  # type: ignore[union-attr]
+    assert not any(name.startswith("embedding.items.rows") for name in names)
+    lookup: Any = model.embedding.items.rows
+    assert lookup.table.source.data.data_ptr() == server.table.source.data.data_ptr()  # type: ignore[union-attr]
 
 
 def test_errors_of_the_thread_reach_the_caller(servers: list[MFalconServer]) -> None:
@@ -180,7 +183,7 @@ def test_errors_of_the_thread_reach_the_caller(servers: list[MFalconServer]) -> 
     good = make_request(server.model)
     offered = good.candidates
     wrong = replace(good, candidates=replace(offered, items=offered.items + 1000))
-    with pytest.raises(ValueError, match=r"ids: expected ids in \[0, 19\] for a table of 20 rows"):
+    with pytest.raises(ValueError, match=r"items: expected ids in \[0, 20\) of '\w+', got 10\d\d"):
         server.score(wrong)
     narrow = replace(offered, items=offered.items[:, :1])
     with pytest.raises(ValueError, match=r"items: expected 2 columns as RankingFeatures.items, got 1"):
@@ -200,13 +203,11 @@ def test_wrong_arguments_are_refused() -> None:
         ServingRequest(candidates=request.candidates)
     with pytest.raises(ValueError, match="contextual: expected none for cached users"):
         ServingRequest(candidates=request.candidates, cached=["ann"], contextual=request.contextual)
-    tables = [ServingTable(table, dtype=torch.float32) for table in model.embedding.items]  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="tables: expected 2, one for each item feature, got 1"):
-        MFalconServer(model, tables[:1], micro_batch_size=2)
-    half = [ServingTable(table) for table in model.embedding.items]  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=r"tables\[0\]: expected width, dtype and device of the model .*float32.*bfloat16"
-    ):
-        MFalconServer(model, half, micro_batch_size=2)
+    rows: Any = model.embedding.items.rows
+    table = ServingTable(rows, dtype=torch.float32)
+    few = PackedRows(rows.rows.data[:-1], rows.rows.dim, rows.rows.format)
+    for wrong in (ServingTable(few, dtype=torch.float32), ServingTable(rows)):
+        with pytest.raises(ValueError, match="table: expected rows, width, dtype and device of the model's items"):
+            MFalconServer(model, wrong, micro_batch_size=2)
     with pytest.raises(ValueError, match="ahead: expected an int >= 1, got 0"):
-        MFalconServer(model, tables, micro_batch_size=2, ahead=0)
+        MFalconServer(model, table, micro_batch_size=2, ahead=0)
