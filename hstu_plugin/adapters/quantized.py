@@ -19,15 +19,17 @@ from hstu_plugin.quantize_report import QuantizationReport
 RECORD_FORMAT = "hstu-plugin/quantization"
 FORMAT_VERSION = 1
 DIGEST = "checkpoint_sha256"
+_SHOWN_ROWS = 3
 # The last part of a metric's name; of all others more is better.
 _LESS_IS_BETTER = ("ne", "log_loss", "rmse", "mae", "averagerank")
 
 
-def quantization_record(report: QuantizationReport, **facts: Any) -> dict[str, Any]:
+def quantization_record(report: QuantizationReport, *, commit: str | None = None, **facts: Any) -> dict[str, Any]:
     """The report in JSON types, with where it comes from.
 
     Args:
         report: of `hstu_plugin.quantize.quantize`.
+        commit: to record; default: that of the checkout.
         facts: about model and data, in JSON types.
     """
     return {
@@ -37,7 +39,7 @@ def quantization_record(report: QuantizationReport, **facts: Any) -> dict[str, A
         **facts,
         "report": report.as_dict(),
         "versions": runtime_versions(),
-        "commit": source_commit(),
+        "commit": commit or source_commit(),
         "machine": records.machine(),
     }
 
@@ -70,26 +72,29 @@ def refuse_losses(report: QuantizationReport, most: float) -> None:
 
 
 def report_tables(report: QuantizationReport, metric_name: Callable[[str], str]) -> list[Table]:
-    """The report for people: tables, rows that lost most, and metrics, when there are any, by ``metric_name``."""
+    """The report for people: tables, rows that lost most, and metrics, when there are any, by ``metric_name``.
+
+    They fit into 80 columns, the width of logs, unless names are very long.
+    """
     style: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "pad_edge": False, "min_width": 50}
+    by_use = any(table.weighted_sqnr_db is not None for table in report.tables)
     sizes = Table(title="Embedding tables", **style)
-    sizes.add_column("table")
-    for column in ("rows", "width", "before", "after", "smaller", "SQNR dB", "by use", "max error", "worst rows"):
-        sizes.add_column(column, justify="right")
+    sizes.add_column("table", overflow="fold")
+    for column in ("rows x width", "before", "after", "smaller", "SQNR dB", *(["by use"] if by_use else [])):
+        sizes.add_column(column, justify="right", no_wrap=True)
+    lost = Table(title="Rows that lost most", **style)
+    lost.add_column("table", overflow="fold")
+    for column in ("row", "SQNR dB", "max error"):
+        lost.add_column(column, justify="right", no_wrap=True)
     for table in report.tables:
-        sizes.add_row(
-            table.name,
-            f"{table.rows:,}",
-            str(table.dim),
-            _size(table.bytes_before),
-            f"{_size(table.bytes_after)} {table.format}",
-            f"{table.ratio:.2f}x",
-            f"{table.sqnr_db:.1f}",
-            "" if table.weighted_sqnr_db is None else f"{table.weighted_sqnr_db:.1f}",
-            f"{table.max_error:.3g}",
-            ", ".join(f"{worst.row} ({worst.sqnr_db:.1f} dB)" for worst in table.worst_rows[:3]),
-        )
-    shown = [sizes]
+        cells = [f"{table.rows:,} x {table.dim}", _size(table.bytes_before), _size(table.bytes_after)]
+        cells += [f"{table.ratio:.2f}x", f"{table.sqnr_db:.1f}"]
+        if by_use:
+            cells.append("" if table.weighted_sqnr_db is None else f"{table.weighted_sqnr_db:.1f}")
+        sizes.add_row(table.name, *cells)
+        for worst in table.worst_rows[:_SHOWN_ROWS]:
+            lost.add_row(table.name, str(worst.row), f"{worst.sqnr_db:.1f}", f"{worst.max_error:.3g}")
+    shown = [sizes, *([lost] if lost.row_count else [])]
     if report.metrics_before:
         metrics = Table(title="Metrics", **style)
         metrics.add_column("metric")

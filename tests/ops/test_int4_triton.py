@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from hstu_kernels.attention.triton import interpreting
+from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
 from hstu_kernels.int4 import PackedRows, RowFormat, gather_rows, pack_rows, unpack_rows
 from hstu_kernels.int4.triton.shape import TILE, GatherTile, gather_shape
 from tests.ops.int4_cases import GATHER_CASES, GatherCase, gather_inputs, gather_oracle
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: kernels are not compiled")
+pytestmark = [
+    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: kernels are not compiled"),
+    pytest.mark.skipif((triton_release() or OLDEST_TRITON) < OLDEST_TRITON, reason="the kernels need Triton 3.4"),
+]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that this PyTorch can use")
 
 CASES = Path(__file__).with_name("interpreted_int4.py")

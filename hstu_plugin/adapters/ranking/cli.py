@@ -145,6 +145,7 @@ def evaluate(
 @click.option("--max-loss", type=click.FloatRange(0), help="Fail when a metric gets worse by more than this share.")
 @click.option("--output", type=_PATH, help="File to write.  [default: best-DTYPE.safetensors in RUN]")
 @click.option("--report", "report_file", type=_PATH, help="Also write the report to this JSON file.")
+@click.option("--commit", help="To record in --report.  [default: that of the checkout]")
 @_device
 def quantize(
     recipe: str,
@@ -158,6 +159,7 @@ def quantize(
     max_loss: float | None,
     output: Path | None,
     report_file: Path | None,
+    commit: str | None,
     device: str,
 ) -> None:
     """Quantise the tables of a finished RUN (its folder); the run itself stays as it is.
@@ -183,7 +185,7 @@ def quantize(
             if written is not None:
                 console.print(f"Wrote {written}", highlight=False, soft_wrap=True)
         if report_file:
-            write_json(report_file, done.record())
+            write_json(report_file, done.record(commit))
         if max_loss is not None:
             quantized.refuse_losses(done.report, max_loss)
 

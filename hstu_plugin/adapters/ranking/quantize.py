@@ -39,10 +39,11 @@ class QuantizedRun:
     report: QuantizationReport
     split: str | None
 
-    def record(self) -> dict[str, Any]:
-        """The report in JSON types, with where it comes from."""
+    def record(self, commit: str | None = None) -> dict[str, Any]:
+        """The report in JSON types, with where it comes from; ``commit`` in place of the checkout's."""
         return quantization_record(
             self.report,
+            commit=commit,
             model=str(self.trainer.settings.model),
             dataset=self.trainer.data.name,
             seed=self.trainer.seed,

@@ -37,11 +37,12 @@ class QuantizedRun:
     report: QuantizationReport
     split: str | None
 
-    def record(self) -> dict[str, Any]:
-        """The report in JSON types, with where it comes from."""
+    def record(self, commit: str | None = None) -> dict[str, Any]:
+        """The report in JSON types, with where it comes from; ``commit`` in place of the checkout's."""
         config = self.loaded.config
         return quantization_record(
             self.report,
+            commit=commit,
             model=config["model"],
             dataset=config["dataset"],
             seed=config["seed"],

@@ -51,6 +51,7 @@ _PATH = click.Path(path_type=Path)
     help="With --evaluate: fail when a metric gets worse by more than this share, such as 0.005.",
 )
 @click.option("--report", "report_file", type=_PATH, help="Also write the report to this JSON file.")
+@click.option("--commit", help="To record in --report.  [default: that of the checkout]")
 def main(
     run: Path,
     dtype: str,
@@ -64,6 +65,7 @@ def main(
     skip: tuple[str, ...],
     max_loss: float | None,
     report_file: Path | None,
+    commit: str | None,
 ) -> None:
     """Quantise the embedding tables of RUN, a checkpoint or the directory of a run of hstu-recbole.
 
@@ -107,7 +109,7 @@ def main(
         console.print(f"Kept as it is: {name} ({reason})", highlight=False)
     console.print(f"Wrote {done.tables_file}", highlight=False, soft_wrap=True)
     if report_file:
-        records.write_json(report_file, done.record())
+        records.write_json(report_file, done.record(commit))
         console.print(f"Wrote {report_file}", highlight=False, soft_wrap=True)
     if max_loss is not None:
         try:
