@@ -98,7 +98,7 @@ def test_words_are_quoted() -> None:
 def stable(text: str) -> str:
     """Without what differs from machine to machine and from run to run."""
     text = text.replace(sysconfig.get_path("scripts"), "<scripts>")
-    text = re.sub(r"hstu-([a-z]+)-[a-z0-9]{10,}", r"hstu-\1-<id>", text)
+    text = re.sub(r"hstu-([a-z]+)-[a-z0-9]{6,}", r"hstu-\1-<id>", text)
     return re.sub(r"torchx\.pytorch\.org/version: \S+", "torchx.pytorch.org/version: <version>", text)
 
 
