@@ -3,8 +3,9 @@
 A table stands between ``<!-- results:NAME begin -->`` and ``<!-- results:NAME end -->``. NAME is a comparison recorded
 as ``recbole_configs/results/NAME.json`` or ``benchmarks/results/NAME.json``, or ``versions`` (the releases that fit
 together), ``recipes`` (the settings that come with the package), ``summary`` (recorded results beside those of
-``benchmarks/published.yaml``), ``passes`` and ``cpu-passes`` (the time of a pass over MovieLens-1M and 100K), or
-``attention`` (recorded speeds).
+``benchmarks/published.yaml``), ``passes`` and ``cpu-passes`` (the time of a pass over MovieLens-1M and 100K),
+``attention`` (recorded speeds), ``quantized`` (recorded sizes and metrics of quantised models), or ``int4`` (recorded
+speeds of quantised tables).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.attention.compare import newest
 from benchmarks.attention.measure import BACKWARD, CALL, FORWARD
 from benchmarks.attention.measure import COLUMNS as ATTENTION_COLUMNS
 from benchmarks.ledger import read
+from benchmarks.readme_int4 import quantized, speed
 from hstu_plugin._versions import version_table
 from hstu_plugin.adapters.ranking import report as ranking
 from hstu_plugin.adapters.recbole import report, settings
@@ -74,6 +76,10 @@ def _block(name: str, root: Path) -> str:
         return _cpu_passes(root)
     if name == "attention":
         return _attention(root)
+    if name == "quantized":
+        return _with_remarks(*quantized(root))
+    if name == "int4":
+        return "\n".join(_with_remarks(*part) for part in speed(root))
     found = json.loads(_path(name, root).read_text(encoding="utf-8"))
     if found.get("format") == ranking.COMPARISON_FORMAT:
         return ranking.comparison_markdown(found)
@@ -90,7 +96,7 @@ def _passes(root: Path) -> str:
         rows.append([f"`{name}`", f"{train:.2f}", f"{rank:.2f}", f"**{train + rank:.2f}**"])
         remarks.append(f"`{name}`: {report.provenance(recorded)}")
     header = ["recipe", "training, s", "evaluation, s", "pass with evaluation, s"]
-    return _table(header, rows) + "\n" + "".join(f"- {remark}\n" for remark in remarks)
+    return _with_remarks(header, rows, remarks)
 
 
 def _cpu_passes(root: Path) -> str:
@@ -128,7 +134,7 @@ def _path(name: str, root: Path) -> Path:
     found = [path for folder in FOLDERS if (path := root / folder / f"{name}.json").is_file()]
     if not found:
         known = sorted(path.stem for folder in FOLDERS for path in (root / folder).glob("*.json"))
-        names = ["versions", "recipes", "summary", "passes", "cpu-passes", "attention", *known]
+        names = ["versions", "recipes", "summary", "passes", "cpu-passes", "attention", "quantized", "int4", *known]
         raise MarkerError(f"results:{name}: expected one of {', '.join(names)}")
     if len(found) > 1:
         raise MarkerError(f"results:{name}: recorded twice, as {' and '.join(map(str, found))}")
@@ -165,6 +171,10 @@ def _versions() -> str:
 def _recipes() -> str:
     rows = [[f"`{name}`", settings.describe_recipe(path)] for name, path in settings.recipes().items()]
     return _table(["recipe", "what it is"], rows)
+
+
+def _with_remarks(header: Sequence[str], rows: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
+    return _table(header, rows) + "\n" + "".join(f"- {remark}\n" for remark in remarks)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

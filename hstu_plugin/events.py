@@ -74,6 +74,16 @@ class Events:
         moved = replace(self.layout, seq_offsets=offsets)
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), moved)
 
+    def pin_memory(self) -> Events:
+        """The same events in pinned host memory, from which copies to a GPU run beside everything else."""
+        offsets = self.layout.seq_offsets.pin_memory()
+        return self._map(lambda tensor: tensor.pin_memory(), replace(self.layout, seq_offsets=offsets))
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        columns = (self.items, self.action_types, self.intensities, self.action_contexts, self.series)
+        return [self.layout.seq_offsets, *columns, *([] if self.timestamps is None else [self.timestamps])]
+
     def as_sequence(self, values: Tensor) -> JaggedSequence:
         """``values [E, ...]``, one row for each event, at the events' times."""
         return JaggedSequence(values, self.layout, self.timestamps)

@@ -93,7 +93,7 @@ def quantize(
     with torch.no_grad():
         for group in groups:
             counts = next((known[name] for name in group.names if name in known), None)
-            packed = pack_table(group.names[0], group.weight, row_format, config, counts)
+            packed = pack_table(group.names[0], group.weight, row_format, config, searched_rows(config, counts))
             reports.append(table_report(group.names[0], group.weight, packed, ranges=config.ranges, frequency=counts))
             replacements |= group.replacements(packed)
     module = replace_modules(module, replacements)
@@ -236,19 +236,30 @@ def check_frequencies(frequencies: Mapping[str, Tensor], rows: Mapping[str, int]
         )
 
 
+def searched_rows(config: QuantizeConfig, counts: Tensor | None) -> Tensor | None:
+    """Which rows of a table are worth the search, ``[rows]`` bool; ``None`` where all are treated alike."""
+    if config.ranges is not RowRange.SEARCH or counts is None or config.search_coverage == 1:
+        return None
+    chosen = torch.zeros(counts.shape[0], dtype=torch.bool, device=counts.device)
+    chosen[_most_used(counts, config.search_coverage)] = True
+    return chosen
+
+
 def pack_table(
-    name: str, weight: Tensor, row_format: RowFormat, config: QuantizeConfig, counts: Tensor | None = None
+    name: str, weight: Tensor, row_format: RowFormat, config: QuantizeConfig, searched: Tensor | None = None
 ) -> PackedRows:
-    """The packed rows of one table, its ranges as the configuration wants them.
+    """The packed rows of a table, or of a part of it, their ranges as the configuration wants them.
+
+    Args:
+        searched: of these rows (`searched_rows`); the others take plain ranges.
 
     Raises:
         ValueError: names the table and the rows that cannot be held.
     """
-    some_only = config.ranges is RowRange.SEARCH and counts is not None and config.search_coverage < 1
     try:
-        packed = pack_rows(weight, row_format, ranges=RowRange.MIN_MAX if some_only else config.ranges)
-        if some_only and counts is not None:
-            used = _most_used(counts, config.search_coverage).to(weight.device)
+        packed = pack_rows(weight, row_format, ranges=config.ranges if searched is None else RowRange.MIN_MAX)
+        if searched is not None:
+            used = searched.to(weight.device)
             packed.data[used] = pack_rows(weight[used], row_format, ranges=config.ranges).data
     except ValueError as error:
         raise ValueError(f"table {name!r}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -114,6 +114,32 @@ def table_report(
         ranges: how they were made.
         frequency: ``[rows]`` how often each row is looked up.
     """
+    return report_from(
+        name,
+        row_errors(values, packed),
+        packed,
+        ranges=ranges,
+        bytes_before=values.numel() * values.element_size(),
+        frequency=frequency,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RowErrors:
+    """Of each row, ``[rows]`` float64: sum of squares, sum of squared errors, largest absolute error."""
+
+    signal: Tensor
+    noise: Tensor
+    largest: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowErrors]) -> RowErrors:
+        """Those of consecutive parts of a table."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("signal", "noise", "largest")))
+
+
+def row_errors(values: Tensor, packed: PackedRows) -> RowErrors:
+    """Compare rows ``[rows, D]`` with their packed form, part by part."""
     rows, dim = values.shape
     step = max(1, _CHUNK_ELEMENTS // dim)
     signal = torch.zeros(rows, dtype=torch.float64, device=values.device)
@@ -124,21 +150,35 @@ def table_report(
         error = unpack_rows(PackedRows(packed.data[part], dim, packed.format)).double() - exact
         signal[part], noise[part] = exact.square().sum(1), error.square().sum(1)
         largest[part] = error.abs().amax(1)
+    return RowErrors(signal, noise, largest)
+
+
+def report_from(
+    name: str,
+    errors: RowErrors,
+    packed: PackedRows,
+    *,
+    ranges: RowRange,
+    bytes_before: int,
+    frequency: Tensor | None = None,
+) -> TableReport:
+    """The report of a table whose rows were compared already; arguments as of `table_report`."""
+    signal, noise, largest = errors.signal, errors.noise, errors.largest
     weighted = None
     if frequency is not None:
         weight = frequency.to(signal)
         weighted = _decibel(float((signal * weight).sum()), float((noise * weight).sum()))
     return TableReport(
         name=name,
-        rows=rows,
-        dim=dim,
+        rows=packed.num_rows,
+        dim=packed.dim,
         format=packed.format,
         ranges=ranges,
-        bytes_before=values.numel() * values.element_size(),
+        bytes_before=bytes_before,
         bytes_after=packed.nbytes,
         sqnr_db=_decibel(float(signal.sum()), float(noise.sum())),
         weighted_sqnr_db=weighted,
-        max_error=float(largest.max()) if rows else 0.0,
+        max_error=float(largest.max()) if packed.num_rows else 0.0,
         worst_rows=_worst(signal, noise, largest),
     )
 

@@ -81,22 +81,28 @@ class RankingEmbedding(nn.Module):
         if features.learned_no_action:
             self.no_action = nn.Parameter(torch.zeros(width))
 
-    def history(self, events: Events, users: Tensor | None = None) -> JaggedSequence:
+    def history(self, events: Events, users: Tensor | None = None, *, items: Tensor | None = None) -> JaggedSequence:
         """``[contextual | history]`` tokens.
 
         Args:
             events: each user's in order of time.
             users: ``[B, user features]`` int64 ids; ``None`` leaves the contextual tokens out, as for events that are
                 appended to a cached history.
+            items: ``[E, D]`` what `item_vectors` gives, where it was looked up elsewhere (`mfalcon_serving`).
 
         Raises:
             ValueError: columns do not fit the features.
         """
-        return self._builder().history(events, users)
+        return self._builder().history(events, users, items=items)
 
-    def candidates(self, events: Events) -> JaggedSequence:
-        """One token for each candidate, from item features and request times; actions are not looked at."""
-        return self._builder().candidates(events)
+    def candidates(self, events: Events, *, items: Tensor | None = None) -> JaggedSequence:
+        """One token for each candidate, from item features and request times; actions are not looked at.
+
+        Args:
+            events: the candidates.
+            items: as in `history`.
+        """
+        return self._builder().candidates(events, items=items)
 
     def scoring(self, history: Events, candidates: Events, users: Tensor | None = None) -> JaggedSequence:
         """``[contextual | history | targets]`` tokens: every candidate behind the whole history."""

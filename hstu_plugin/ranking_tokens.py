@@ -52,23 +52,29 @@ class TokenBuilder:
     actions: Actions
     no_action: Tensor | None = None
 
-    def history(self, events: Events, users: Tensor | None = None) -> JaggedSequence:
+    def history(self, events: Events, users: Tensor | None = None, *, items: Tensor | None = None) -> JaggedSequence:
         """``[contextual | history]`` tokens.
 
         Args:
             events: each user's in order of time.
             users: ``[B, user features]`` int64 ids; ``None`` leaves the contextual tokens out, as for events that are
                 appended to a cached history.
+            items: ``[E, D]`` what `item_vectors` gives, where it was looked up elsewhere.
 
         Raises:
             ValueError: columns do not fit the features.
         """
-        tokens, _ = self._with_series(self._event_tokens(events), events)
+        tokens, _ = self._with_series(self._event_tokens(events, items), events)
         return tokens if users is None else self._behind_context(tokens, users)[0]
 
-    def candidates(self, events: Events) -> JaggedSequence:
-        """One token for each candidate, from item features and request times; actions are not looked at."""
-        vectors = self.item_vectors(events)
+    def candidates(self, events: Events, *, items: Tensor | None = None) -> JaggedSequence:
+        """One token for each candidate, from item features and request times; actions are not looked at.
+
+        Args:
+            events: the candidates.
+            items: as in `history`.
+        """
+        vectors = self.item_vectors(events) if items is None else items
         return events.as_sequence(vectors if self.no_action is None else vectors + self.no_action)
 
     def scoring(self, history: Events, candidates: Events, users: Tensor | None = None) -> JaggedSequence:
@@ -118,8 +124,8 @@ class TokenBuilder:
         layout = JaggedLayout.from_lengths(lengths, max_seq_len=len(self.users))
         return JaggedSequence(values, layout, users.new_full((values.shape[0],), _CONTEXTUAL_TIME))
 
-    def _event_tokens(self, events: Events) -> JaggedSequence:
-        items, actions = self.item_vectors(events), self.actions(events)
+    def _event_tokens(self, events: Events, items: Tensor | None = None) -> JaggedSequence:
+        items, actions = self.item_vectors(events) if items is None else items, self.actions(events)
         if self.features.form is TokenForm.SUMMED:
             return events.as_sequence(items + actions)
         values = torch.stack([items, actions], 1).flatten(0, 1)

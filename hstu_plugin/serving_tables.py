@@ -121,6 +121,11 @@ class ServingTable:
         self.counts = TransferCounts()
 
     @property
+    def source(self) -> PackedRows | Tensor:
+        """The rows where they lie; another `ServingTable` of the same placement over them takes no further memory."""
+        return self._table(self._data)
+
+    @property
     def num_rows(self) -> int:
         """Rows of the table."""
         return self._data.shape[0]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import int4, int4_measure
+from benchmarks import int4, int4_gather, int4_measure
 from hstu_kernels.int4 import unpack_rows
 
-TINY = ["--device", "cpu", "--warmup", "1", "--repeats", "3"]
+TINY = ["--device", "cpu"]
 
 
 def test_gather_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +29,7 @@ def test_gather_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert row["mb"] * 1e6 == pytest.approx(50 * (row["dim"] // 2 + 4 + 2 * row["dim"]))
         assert row["gb_per_s"] == pytest.approx(row["mb"] / row["p50_ms"])
         assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"])
+        assert row["share_of_bound"] > row["share_of_copy"]
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
     with (tmp_path / "g.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -39,10 +40,17 @@ def test_gather_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_host_writes_its_files(tmp_path: Path) -> None:
-    sizes = ["--dim", "16", "--table-rows", "64", "--ids", "30", "--requests", "2"]
-    int4.main(["host", *TINY, *sizes, "--output", str(tmp_path / "h")])
-    half, packed = json.loads((tmp_path / "h.json").read_text())["rows"]
-    assert (half["way"], packed["way"]) == ("float16", "int4")
+    sizes = ["--dim", "16", "--table-rows", "64", "--ids", "30", "--requests", "2", "--history", "9", "--layers", "1"]
+    int4.main(["host", *TINY, *sizes, "--seconds", "0.01", "--commit", "abc", "--output", str(tmp_path / "h")])
+    record = json.loads((tmp_path / "h.json").read_text())
+    assert record["commit"] == "abc"
+    rows = {row["way"]: row for row in record["rows"]}
+    assert list(rows) == ["float16", "mfalcon-float16", "int4", "mfalcon-int4"]
+    half, packed = rows["float16"], rows["int4"]
+    for row in rows.values():
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["pipelined_ms"] > 0
+        assert row["transfer_ms"] > 0
     # 32 and 12 bytes for each distinct row, and 8 for each id.
     distinct = (half["mb"] - packed["mb"]) * 1e6 / 20
     assert 0 < distinct <= 30
@@ -51,13 +59,13 @@ def test_host_writes_its_files(tmp_path: Path) -> None:
 
 
 def test_wrong_numbers_are_not_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    exact = int4_measure.gather_rows
+    exact = int4_gather.gather_rows
 
     def off(*arguments: object, **options: object) -> torch.Tensor:
         out = exact(*arguments, **options)  # type: ignore[arg-type]
         return out if options.get("backend") == "reference" else out + 1
 
-    monkeypatch.setattr(int4_measure, "gather_rows", off)
+    monkeypatch.setattr(int4_gather, "gather_rows", off)
     sizes = ["--dims", "8", "--table-rows", "100", "--ids", "50", "--copy-bytes", "4096"]
     with pytest.raises(RuntimeError, match="eager at dim 8: the numbers are not those of the definition"):
         int4.main(["gather", *TINY, *sizes, "--output", str(tmp_path / "g")])
@@ -74,8 +82,26 @@ def test_nothing_is_measured_when_the_tests_fail(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(int4.subprocess, "run", run)
     with pytest.raises(SystemExit, match="tests failed on this machine: nothing is measured"):
         int4.main(["gather", "--device", "cuda"])
-    files = [Path(word).name for word in commands[0] if word.endswith(".py")]
-    assert {"test_int4_triton.py", "test_int4_packing.py", "test_serving_tables.py"} <= set(files)
+    assert commands[0][-1] == "tests/ops/test_int4_triton.py"
+    with pytest.raises(SystemExit, match="tests failed on this machine: nothing is measured"):
+        int4.main(["host", "--device", "cuda"])
+    assert {Path(word).name for word in commands[1]} >= {"test_serving_tables.py", "test_mfalcon_serving.py"}
+
+
+def test_the_tests_that_run_first_exist() -> None:
+    for files in int4.TESTS.values():
+        for file in files:
+            assert (Path(__file__).parents[1] / file).is_file()
+            assert "pytest.mark.cuda" in (Path(__file__).parents[1] / file).read_text()
+
+
+def test_sectors_are_counted_as_a_whole() -> None:
+    # 68 bytes from any multiple of 4 on touch three sectors.
+    for row in range(64):
+        begin, end = 68 * row, 68 * row + 67
+        assert int4_measure.sector_bytes(torch.tensor([row]), 68, 68) == 32 * (end // 32 - begin // 32 + 1)
+    assert int4_measure.sector_bytes(torch.arange(1000), 68, 68) == 1000 * 96
+    assert int4_measure.sector_bytes(torch.tensor([0, 1]), 80, 68) == 2 * 96
 
 
 def test_the_table_of_the_benchmark_is_a_table() -> None:

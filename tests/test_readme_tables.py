@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import update_readme
 from hstu_plugin._versions import version_table
+from hstu_plugin.adapters.quantized import RECORD_FORMAT
 from hstu_plugin.adapters.recbole import report, settings
 
 README = update_readme.ROOT / "README.md"
@@ -76,7 +77,8 @@ def test_summary_puts_recorded_beside_published(root: Path, std: float | None, s
         ("no markers", "expected markers"),
         (
             block("other"),
-            "results:other: expected one of versions, recipes, summary, passes, cpu-passes, attention, speed, tiny",
+            "results:other: expected one of versions, recipes, summary, passes, cpu-passes, attention, quantized, "
+            "int4, speed, tiny",
         ),
         ("one\n<!-- results:tiny begin -->", "line 2: <!-- results:tiny begin --> has no partner"),
         ("<!-- results:tiny end -->", "results:tiny end --> has no partner"),
@@ -88,6 +90,57 @@ def test_summary_puts_recorded_beside_published(root: Path, std: float | None, s
 def test_markers_that_make_no_sense(root: Path, text: str, message: str) -> None:
     with pytest.raises(update_readme.MarkerError, match=message):
         update_readme.updated(text, root)
+
+
+FACTS: dict[str, Any] = {
+    "versions": {"torch": "2.13"},
+    "commit": "0123456789",
+    "machine": {"cpu": "a CPU", "threads": 2, "gpus": []},
+}
+
+
+def quantised(seed: int, before: float, after: float) -> dict[str, Any]:
+    table = {"format": "int4", "ranges": "search"}
+    metrics = {"hit@10": before, "mrr@10": 0.1, "click.ne": 2.0}
+    return {
+        "format": RECORD_FORMAT, "format_version": 1, "dataset": "tiny", "model": "HSTU", "seed": seed, "split": "test",
+        "report": {
+            "tables": [table], "bytes_before": 800, "bytes_after": 100,
+            "metrics_before": metrics, "metrics_after": metrics | {"hit@10": after, "click.ne": 2.02},
+        },
+        **FACTS,
+    }  # fmt: skip
+
+
+def test_quantised_models_are_means_over_seeds(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"results:quantized: expected benchmarks/results/quantized-\*.json"):
+        update_readme.updated(block("quantized"), root)
+    for seed, before, after in ((1, 0.2, 0.19), (2, 0.4, 0.4)):
+        report.write_json(root / f"benchmarks/results/quantized-tiny-{seed}.json", quantised(seed, before, after))
+    new = update_readme.updated(block("quantized"), root)
+    assert "| tiny, HSTU | 2 | int4, searched ranges | 8.00x | HR@10 | 0.3000 | 0.2950 | -1.67% |" in new
+    assert "| click NE | 2.0000 | 2.0200 | +1.00% |" in new
+    assert "MRR" not in new
+    assert "- tiny, HSTU, int4, searched ranges: a CPU, torch 2.13, commit 0123456\n" in new
+    report.write_json(root / "benchmarks/results/quantized-other.json", {"format": "other"})
+    with pytest.raises(ValueError, match=r"quantized-other\.json: expected a file of format"):
+        update_readme.updated(block("quantized"), root)
+
+
+def test_speed_of_quantised_tables(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"results:int4: expected benchmarks/results/int4-gather.json or int4-host"):
+        update_readme.updated(block("int4"), root)
+    row = {"dim": 128, "ids": 1000, "table_rows": 50_000, "p50_ms": 0.5, "mb": 8.0}
+    gather = {**row, "op": "gather", "way": "triton", "gb_per_s": 1500.0, "share_of_copy": 0.5}
+    host = {**row, "op": "host", "way": "mfalcon-int4", "transfer_ms": 0.25, "pipelined_ms": 0.4}
+    for op, version, rows in (("gather", 1, [gather, gather | {"share_of_bound": 0.6}]), ("host", 2, [host])):
+        record = {"format": "hstu-plugin/int4-benchmark", "format_version": version, "rows": rows, **FACTS}
+        report.write_json(root / f"benchmarks/results/int4-{op}.json", record)
+    new = update_readme.updated(block("int4"), root)
+    for bound in ("-", "60%"):
+        assert f"| Triton | 128 | 1,000 of 50,000 rows | 0.500 | 1,500 | **50%** | {bound} |" in new
+    assert "| M-FALCON, int4 rows | 128 | 1,000 | 8.0 | 0.25 | 0.50 | 0.40 | 2,500 |" in new
+    assert new.count("- a CPU, torch 2.13, commit 0123456\n") == 2
 
 
 def test_a_name_recorded_in_both_folders(root: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Dict, List, Optional
 
 from torchx import specs
 
-from hstu_plugin.adapters.torchx.jobs import Place, distributed_job, single_job
+from hstu_plugin.adapters.torchx.jobs import Place, distributed_job, quantize_command, single_job
 
 
 def train(
@@ -169,6 +169,8 @@ def score(
 
 def quantize(
     *script_args: str,
+    recipe: Optional[str] = None,
+    data: Optional[str] = None,
     image: str = "hstu-plugin:latest",
     name: str = "hstu-quantize",
     h: Optional[str] = None,
@@ -179,10 +181,12 @@ def quantize(
     mounts: Optional[List[str]] = None,
     max_retries: int = 0,
 ) -> specs.AppDef:
-    """Quantise the embedding tables of a trained model: ``hstu-quantize``.
+    """Quantise the tables of a trained model: ``hstu-quantize``, or of a ranker with recipe and data.
 
     Args:
-        script_args: of the command, see hstu-quantize --help
+        script_args: of the command, first the run; see hstu-quantize --help, hstu-rank quantize --help
+        recipe: of a ranker: name or YAML file of its training
+        data: of a ranker: directory of its data
         image: container image with hstu-plugin, for schedulers that use one
         name: of the job
         h: named resource, takes precedence over cpu, gpu and memMB
@@ -196,7 +200,7 @@ def quantize(
     place = Place(
         image=image, name=name, h=h, cpu=cpu, gpu=gpu, memMB=memMB, env=env, mounts=mounts, max_retries=max_retries
     )
-    return single_job(["hstu-quantize", *script_args], place)
+    return single_job(quantize_command(recipe, data, script_args), place)
 
 
 def benchmark(

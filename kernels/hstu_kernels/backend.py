@@ -33,7 +33,8 @@ class CallFacts:
         device_type: of the tensors, as ``torch.device.type``.
         dtype: of q, k and v.
         qk_dim, v_dim: ``Dqk``, ``Dv``.
-        triton_installed: a Triton package can be imported.
+        triton_release: major and minor number of the Triton package; ``None`` where there is none.
+        oldest_triton: that the kernels are written for.
         interpreting: Triton runs kernels in its CPU interpreter.
     """
 
@@ -41,7 +42,8 @@ class CallFacts:
     dtype: torch.dtype | None = None
     qk_dim: int | None = None
     v_dim: int | None = None
-    triton_installed: bool = False
+    triton_release: tuple[int, int] | None = None
+    oldest_triton: tuple[int, int] = (0, 0)
     interpreting: bool = False
 
 
@@ -73,8 +75,11 @@ def resolve_backend(requested: Backend | str, facts: CallFacts | None = None) ->
 
 
 def _triton_obstacle(facts: CallFacts) -> str | None:
-    if not facts.triton_installed:
+    if facts.triton_release is None:
         return "is not installed"
+    if facts.triton_release < facts.oldest_triton:
+        oldest, found = (".".join(map(str, release)) for release in (facts.oldest_triton, facts.triton_release))
+        return f"is too old: expected release {oldest} or newer, got {found}"
     if facts.interpreting:
         if facts.dtype == torch.bfloat16:
             return "cannot compute in torch.bfloat16 in its interpreter"

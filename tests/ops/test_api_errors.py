@@ -204,10 +204,17 @@ def test_backends_are_resolved_by_name_and_never_replaced() -> None:
 
 
 SERVED = CallFacts(
-    device_type="cuda", dtype=torch.bfloat16, qk_dim=16, v_dim=256, triton_installed=True, interpreting=False
+    device_type="cuda",
+    dtype=torch.bfloat16,
+    qk_dim=16,
+    v_dim=256,
+    triton_release=(3, 10),
+    oldest_triton=(3, 4),
+    interpreting=False,
 )
 NOT_SERVED = {
-    "not-installed": ({"triton_installed": False}, "is not installed"),
+    "not-installed": ({"triton_release": None}, "is not installed"),
+    "old": ({"triton_release": (3, 2)}, "is too old: expected release 3.4 or newer, got 3.2"),
     "on-a-cpu": ({"device_type": "cpu"}, "needs tensors on an NVIDIA GPU, got cpu"),
     "float64": ({"dtype": torch.float64}, "serves float32, bfloat16 and float16, got torch.float64"),
     "narrow-keys": ({"qk_dim": 15}, "serves head widths of 16 to 256, got Dqk 15"),

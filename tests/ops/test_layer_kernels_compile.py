@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from hstu_kernels.attention.triton import interpreting
+from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: kernels are not compiled")
+pytestmark = [
+    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: kernels are not compiled"),
+    pytest.mark.skipif((triton_release() or OLDEST_TRITON) < OLDEST_TRITON, reason="the kernels need Triton 3.4"),
+]
 
 CHIPS = pytest.mark.parametrize("capability", [80, 90, 100], ids=str)
 WIDE = ("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "weight_ptr", "bias_ptr")

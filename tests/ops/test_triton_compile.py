@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from hstu_kernels import AttentionMask
-from hstu_kernels.attention.triton import interpreting
+from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
 from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet, padded_width, tile_set
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: kernels are not compiled")
+pytestmark = [
+    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: kernels are not compiled"),
+    pytest.mark.skipif((triton_release() or OLDEST_TRITON) < OLDEST_TRITON, reason="the kernels need Triton 3.4"),
+]
 
 TABLES = {
     "rab_ptr": "*fp32",

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from hstu_kernels.attention.triton import OLDEST_TRITON, triton_release
+
 pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(
+    (triton_release() or OLDEST_TRITON) < OLDEST_TRITON, reason="the kernels need Triton 3.4"
+)
 
 FOLDER = Path(__file__).parent
 

@@ -109,17 +109,85 @@ def train(
 @click.argument("run", type=_PATH)
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
 @click.option("--output", type=_PATH, help="Also write the metrics to this JSON file.")
+@click.option("--tables", type=_PATH, help="Quantised tables of this run to use, from hstu-rank quantize.")
 @_device
-def evaluate(recipe: str, data: Path, run: Path, split: str, output: Path | None, device: str) -> None:
+def evaluate(
+    recipe: str, data: Path, run: Path, split: str, output: Path | None, tables: Path | None, device: str
+) -> None:
     """Metrics of a finished RUN (its folder), as JSON."""
     with _readable_errors():
         from hstu_plugin.adapters.ranking import launch
         from hstu_plugin.records import plain, write_json
 
-        metrics = plain(launch.evaluate(recipe, data, run, split=split, device=device))
+        metrics = plain(launch.evaluate(recipe, data, run, split=split, device=device, tables_file=tables))
         if output:
             write_json(output, metrics)
     click.echo(json.dumps(metrics, indent=1))
+
+
+@main.command(short_help="Quantise the embedding tables of a trained run, with metrics before and after.")
+@_recipe
+@_data
+@click.argument("run", type=_PATH)
+@click.option("--dtype", type=click.Choice(["int4", "int8", "fp8"]), default="int4", show_default=True)
+@click.option(
+    "--ranges",
+    type=click.Choice(["min_max", "search"]),
+    default="min_max",
+    show_default=True,
+    help="Range of a row: FBGEMM's, or the one of least error.",
+)
+@click.option(
+    "--split", type=click.Choice(["valid", "test"]), default="test", show_default=True, help="Of the metrics."
+)
+@click.option("--calibrate", is_flag=True, help="Count on the validation split which rows are used, and weight by it.")
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Tables to leave alone; repeatable.")
+@click.option("--max-loss", type=click.FloatRange(0), help="Fail when a metric gets worse by more than this share.")
+@click.option("--output", type=_PATH, help="File to write.  [default: best-DTYPE.safetensors in RUN]")
+@click.option("--report", "report_file", type=_PATH, help="Also write the report to this JSON file.")
+@click.option("--commit", help="To record in --report.  [default: that of the checkout]")
+@_device
+def quantize(
+    recipe: str,
+    data: Path,
+    run: Path,
+    dtype: str,
+    ranges: str,
+    split: str,
+    calibrate: bool,
+    skip: tuple[str, ...],
+    max_loss: float | None,
+    output: Path | None,
+    report_file: Path | None,
+    commit: str | None,
+    device: str,
+) -> None:
+    """Quantise the tables of a finished RUN (its folder); the run itself stays as it is.
+
+    \b
+      hstu-rank quantize kuairand --data DIR runs/rank-kuairand/hstu-seed1 --max-loss 0.005
+    """
+    with _readable_errors():
+        from hstu_kernels.int4 import RowRange
+        from hstu_plugin.adapters import quantized
+        from hstu_plugin.adapters.ranking import quantize as job
+        from hstu_plugin.quantize import QuantizeConfig
+        from hstu_plugin.records import write_json
+
+        config = QuantizeConfig(ranges=RowRange(ranges), skip=skip or QuantizeConfig.skip)
+        done = job.quantize_run(
+            recipe, data, run, dtype, output=output, config=config, split=split, calibrate=calibrate, device=device
+        )
+        console = _console()
+        for table in quantized.report_tables(done.report, job.metric_name):
+            console.print(table)
+        for written in (done.tables_file, report_file):
+            if written is not None:
+                console.print(f"Wrote {written}", highlight=False, soft_wrap=True)
+        if report_file:
+            write_json(report_file, done.record(commit))
+        if max_loss is not None:
+            quantized.refuse_losses(done.report, max_loss)
 
 
 @main.command(short_help="List the recipes that come with the package.")

@@ -13,9 +13,10 @@ import torch
 from hstu_plugin.adapters.ranking import report
 from hstu_plugin.adapters.ranking.dataset import RankingData, load, without_actions
 from hstu_plugin.adapters.ranking.models import make_model
+from hstu_plugin.adapters.ranking.quantize import restored
 from hstu_plugin.adapters.ranking.schema import read_schema
-from hstu_plugin.adapters.ranking.settings import RankSettings, find_recipe, from_plain, read_recipe
-from hstu_plugin.adapters.ranking.trainer import BEST, Metrics, RankTrainer, pick_device, read_checkpoint
+from hstu_plugin.adapters.ranking.settings import RankSettings, find_recipe, read_recipe
+from hstu_plugin.adapters.ranking.trainer import Metrics, RankTrainer, pick_device
 from hstu_plugin.records import write_json, write_text
 
 
@@ -74,21 +75,19 @@ def execute(request: Request, say: Callable[[str], None] = print) -> list[report
     return records
 
 
-def evaluate(recipe: str, data: Path, folder: Path, *, split: str, device: str) -> Metrics:
+def evaluate(
+    recipe: str, data: Path, folder: Path, *, split: str, device: str, tables_file: Path | None = None
+) -> Metrics:
     """Metrics of a finished run's best weights, from its files and the data.
+
+    Args:
+        tables_file: quantised tables to use in place of the run's own.
 
     Raises:
         CheckpointError: the run has no checkpoint, or belongs to other data.
+        TableFileError: the tables cannot be used.
     """
-    state = read_checkpoint(folder / BEST)
-    settings: RankSettings = from_plain({**state["settings"]})
-    loaded = load(read_schema(read_recipe(find_recipe(recipe)).schema), data)
-    loaded = without_actions(loaded, settings.without_actions)
-    trainer = RankTrainer(
-        make_model(settings, loaded), loaded, settings, seed=int(state["seed"]), device=pick_device(device)
-    )
-    trainer.restore(state, folder / BEST)
-    return trainer.evaluate(split)
+    return restored(recipe, data, folder, device=device, tables_file=tables_file).evaluate(split)
 
 
 def _finished(folder: Path, settings: RankSettings, seed: int, *, force: bool) -> report.Record | None:

@@ -25,6 +25,7 @@ FORMAT = 1
 _ENUMS = {"MODEL_TYPE": "ModelType", "MODEL_INPUT_TYPE": "InputType", "eval_type": "EvaluatorType"}
 # Caches on the machine that trained; RecBole unpickles what they name.
 _LOCAL = ("dataset_save_path", "dataloaders_save_path")
+_GPU_BACKENDS = ("triton", "hopper")
 # Model names; they become part of a module name.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NEEDED = ("config", "epoch", "state_dict", "optimizer", "cur_step", "best_valid_score")
@@ -70,6 +71,9 @@ def restore_config(values: dict[str, Any]) -> Any:
             final[key] = getattr(utils, name)[final[key]]
     on_cuda = str(final.get("device", "cpu")).startswith("cuda") and torch.cuda.is_available()
     final["device"] = torch.device("cuda" if on_cuda else "cpu")
+    if not on_cuda and final.get("backend") in _GPU_BACKENDS:
+        # Like the device, it says where the training ran; the weights are the same for every backend.
+        final["backend"] = "auto"
     config = config_class.__new__(config_class)
     # NumPy names that RecBole sets whenever a Config is made.
     config.compatibility_settings()

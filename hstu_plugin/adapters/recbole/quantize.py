@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from hstu_kernels.int4 import RowFormat
-from hstu_plugin import records
-from hstu_plugin._versions import runtime_versions, source_commit
+from hstu_plugin.adapters.quantized import DIGEST, digest, quantization_record
 from hstu_plugin.adapters.recbole import runner
-from hstu_plugin.adapters.recbole.report import metric_name
 from hstu_plugin.adapters.recbole.saved import find_checkpoint
 from hstu_plugin.quantize import QuantizeConfig, count_accesses, quantize
 from hstu_plugin.quantize_report import QuantizationReport
@@ -24,10 +17,6 @@ from hstu_plugin.quantized_files import TableFileError, apply_tables, load_table
 
 if TYPE_CHECKING:
     from hstu_plugin.adapters.recbole.runner import LoadedRun
-
-RECORD_FORMAT = "hstu-plugin/quantization"
-FORMAT_VERSION = 1
-_DIGEST = "checkpoint_sha256"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,24 +37,19 @@ class QuantizedRun:
     report: QuantizationReport
     split: str | None
 
-    def record(self) -> dict[str, Any]:
-        """The report in JSON types, with where it comes from."""
+    def record(self, commit: str | None = None) -> dict[str, Any]:
+        """The report in JSON types, with where it comes from; ``commit`` in place of the checkout's."""
         config = self.loaded.config
-        return {
-            "format": RECORD_FORMAT,
-            "format_version": FORMAT_VERSION,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": config["model"],
-            "dataset": config["dataset"],
-            "seed": config["seed"],
-            "checkpoint": str(self.checkpoint),
-            "tables_file": str(self.tables_file),
-            "split": self.split,
-            "report": self.report.as_dict(),
-            "versions": runtime_versions(),
-            "commit": source_commit(),
-            "machine": records.machine(),
-        }
+        return quantization_record(
+            self.report,
+            commit=commit,
+            model=config["model"],
+            dataset=config["dataset"],
+            seed=config["seed"],
+            checkpoint=str(self.checkpoint),
+            tables_file=str(self.tables_file),
+            split=self.split,
+        )
 
 
 def quantize_run(
@@ -103,7 +87,7 @@ def quantize_run(
     target.parent.mkdir(parents=True, exist_ok=True)
     notes = {
         "checkpoint": checkpoint.name,
-        _DIGEST: _digest(checkpoint),
+        DIGEST: digest(checkpoint),
         "model": str(loaded.config["model"]),
         "dataset": str(loaded.config["dataset"]),
     }
@@ -124,7 +108,7 @@ def load_quantized(model_file: str | os.PathLike[str], tables_file: str | os.Pat
     """
     checkpoint = find_checkpoint(Path(model_file))
     file = load_tables(tables_file)
-    if file.notes.get(_DIGEST) != _digest(checkpoint):
+    if file.notes.get(DIGEST) != digest(checkpoint):
         raise TableFileError(
             f"tables {os.fspath(tables_file)!r}: expected tables made from {str(checkpoint)!r}, but they were made "
             f"from another state of {file.notes.get('checkpoint', 'an unknown checkpoint')!r}; run hstu-quantize again"
@@ -134,53 +118,8 @@ def load_quantized(model_file: str | os.PathLike[str], tables_file: str | os.Pat
     return loaded
 
 
-def report_tables(report: QuantizationReport) -> list[Table]:
-    """The report for people: tables, the rows that lost most, and metrics when there are any."""
-    style: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "pad_edge": False, "min_width": 50}
-    sizes = Table(title="Embedding tables", **style)
-    sizes.add_column("table")
-    for column in ("rows", "width", "before", "after", "smaller", "SQNR dB", "by use", "max error", "worst rows"):
-        sizes.add_column(column, justify="right")
-    for table in report.tables:
-        sizes.add_row(
-            table.name,
-            f"{table.rows:,}",
-            str(table.dim),
-            _size(table.bytes_before),
-            f"{_size(table.bytes_after)} {table.format}",
-            f"{table.ratio:.2f}x",
-            f"{table.sqnr_db:.1f}",
-            "" if table.weighted_sqnr_db is None else f"{table.weighted_sqnr_db:.1f}",
-            f"{table.max_error:.3g}",
-            ", ".join(f"{worst.row} ({worst.sqnr_db:.1f} dB)" for worst in table.worst_rows[:3]),
-        )
-    shown = [sizes]
-    if report.metrics_before:
-        metrics = Table(title="Metrics", **style)
-        metrics.add_column("metric")
-        for column in ("full precision", "quantised", "change"):
-            metrics.add_column(column, justify="right")
-        for name, change in report.metric_changes().items():
-            before, after = report.metrics_before[name], report.metrics_after[name]
-            metrics.add_row(metric_name(name), f"{before:.4f}", f"{after:.4f}", f"{change:+.2%}")
-        shown.append(metrics)
-    return shown
-
-
 def _metrics(loaded: LoadedRun, split: str, name: str) -> dict[str, float]:
     metrics = loaded.evaluate(split)
     if not metrics:
         raise ValueError(f"{name}: this model was trained with a split that holds nothing out for {split!r}")
     return metrics
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _size(count: int) -> str:
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:,.0f} {units[0]}" if units[0] == "B" else f"{value:,.1f} {units[0]}"

@@ -77,6 +77,19 @@ def single_job(command: Sequence[str], place: Place) -> specs.AppDef:
     return specs.AppDef(name=place.name, roles=[role])
 
 
+def quantize_command(recipe: str | None, data: str | None, arguments: Sequence[str]) -> list[str]:
+    """``hstu-rank quantize`` for a ranker, which recipe and data tell; ``hstu-quantize`` for a RecBole model.
+
+    Raises:
+        ValueError: one of recipe and data without the other.
+    """
+    if recipe is None and data is None:
+        return ["hstu-quantize", *arguments]
+    if recipe is None or data is None:
+        raise ValueError(f"recipe, data: expected both for a ranker, or none, got recipe={recipe!r}, data={data!r}")
+    return ["hstu-rank", "quantize", recipe, "--data", data, *arguments]
+
+
 def _path() -> str:
     """Finds ``python`` and our commands where TorchX itself was started from; harmless where the folder is missing."""
     return f"PATH={shlex.quote(sysconfig.get_path('scripts'))}:$$PATH "

@@ -11,7 +11,7 @@ from torch import Tensor
 from hstu_kernels.attention.eager import EagerPlan, eager_attention, eager_target_attention, plan_eager
 from hstu_kernels.attention.ops import operator_attention
 from hstu_kernels.attention.reference import reference_attention, reference_target_attention
-from hstu_kernels.attention.triton import TritonPlan, interpreting, plan_triton, triton_installed
+from hstu_kernels.attention.triton import OLDEST_TRITON, TritonPlan, interpreting, plan_triton, triton_release
 from hstu_kernels.backend import Backend, CallFacts, UnsupportedBackend, resolve_backend
 from hstu_kernels.bias import RelativeBias
 from hstu_kernels.gradients import needs_gradient
@@ -236,7 +236,8 @@ def _decide(
             dtype=dtype,
             qk_dim=qk_dim,
             v_dim=v_dim,
-            triton_installed=triton_installed(),
+            triton_release=triton_release(),
+            oldest_triton=OLDEST_TRITON,
             interpreting=interpreting(),
         )
     return resolve_backend(backend, facts)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hstu_kernels.attention.triton import interpreting, triton_installed
+from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
 from hstu_kernels.backend import Backend, CallFacts, resolve_backend
 from hstu_kernels.dropout import new_seed
 from hstu_kernels.gated_norm.ops import run_backward, run_forward
@@ -215,8 +215,13 @@ def _decide(backend: Backend | str, device_type: str, dtype: torch.dtype) -> Bac
     facts = None
     if backend == Backend.TRITON:
         # Only then: looking for Triton is not free.
-        installed, interpreted = triton_installed(), interpreting()
-        facts = CallFacts(device_type=device_type, dtype=dtype, triton_installed=installed, interpreting=interpreted)
+        facts = CallFacts(
+            device_type=device_type,
+            dtype=dtype,
+            triton_release=triton_release(),
+            oldest_triton=OLDEST_TRITON,
+            interpreting=interpreting(),
+        )
     return resolve_backend(backend, facts)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hstu_kernels.attention.triton import interpreting, triton_installed
-from hstu_kernels.backend import Backend, UnsupportedBackend, resolve_backend
+from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
+from hstu_kernels.backend import Backend, CallFacts, UnsupportedBackend, resolve_backend
 from hstu_kernels.int4.format import PackedRows, RowFormat
 from hstu_kernels.int4.reference import NOTHING, gather_reference
 
@@ -89,15 +89,15 @@ def gather_rows(
 def _resolve(backend: Backend | str, table: PackedRows) -> Backend:
     chosen = resolve_backend(backend)
     if chosen is Backend.TRITON:
-        obstacle = None
-        if not triton_installed():
-            obstacle = "is not installed"
-        elif table.device.type != "cuda" and not interpreting():
-            obstacle = f"needs tensors on an NVIDIA GPU, got {table.device.type}"
-        elif table.format is RowFormat.FP8:
-            obstacle = "gathers int4 and int8 rows, got fp8"
-        if obstacle:
-            raise UnsupportedBackend(f"backend: triton {obstacle}; use backend='eager'")
+        facts = CallFacts(
+            device_type=table.device.type,
+            triton_release=triton_release(),
+            oldest_triton=OLDEST_TRITON,
+            interpreting=interpreting(),
+        )
+        resolve_backend(chosen, facts)
+        if table.format is RowFormat.FP8:
+            raise UnsupportedBackend("backend: triton gathers int4 and int8 rows, got fp8; use backend='eager'")
     return chosen
 
 

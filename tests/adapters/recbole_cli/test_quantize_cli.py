@@ -119,7 +119,7 @@ def test_a_model_that_falls_too_far_fails(own_run: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(runner.LoadedRun, "evaluate", lambda *_: next(answers))
     result = invoke(own_run, "--evaluate", "--max-loss", "0.01")
     assert result.exit_code == 1
-    assert "no metric to fall by more than 1.00%, but ndcg@10 fell by 2.50%; try --ranges search" in result.output
+    assert "no metric to get worse by more than 1.00%, but ndcg@10 fell by 2.50%; try --ranges search" in result.output
     assert invoke(own_run, "--evaluate", "--max-loss", "0.03").exit_code == 0
 
 

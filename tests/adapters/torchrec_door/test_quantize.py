@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +18,15 @@ pytest.importorskip("fbgemm_gpu", reason="fbgemm-gpu is not installed; `make ins
 torchrec = pytest.importorskip("torchrec", reason="torchrec is not installed; `make install-torchrec` adds it")
 
 from torch.ao.quantization import PlaceholderObserver, QConfig  # noqa: E402
+from torchrec.distributed.global_settings import get_propogate_device, set_propogate_device  # noqa: E402
+from torchrec.distributed.quant_embedding import ShardedQuantEmbeddingCollection  # noqa: E402
 from torchrec.modules.embedding_configs import EmbeddingConfig  # noqa: E402
 from torchrec.modules.embedding_modules import EmbeddingCollection  # noqa: E402
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection  # noqa: E402
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 
 from hstu_kernels.int4 import RowFormat, RowRange, pack_rows, unpack_rows  # noqa: E402
+from hstu_plugin.adapters.torchrec.quant_sharding import shard_quantized  # noqa: E402
 from hstu_plugin.adapters.torchrec.quantize import (  # noqa: E402
     from_tbe,
     from_tbe_rows,
@@ -28,6 +36,8 @@ from hstu_plugin.adapters.torchrec.quantize import (  # noqa: E402
     to_tbe_rows,
 )
 from hstu_plugin.quantize import QuantizeConfig, count_accesses, quantize  # noqa: E402
+
+from .training import ROOT, environment  # noqa: E402
 
 INTEGER = [RowFormat.INT4, RowFormat.INT8]
 WEIGHT_TYPES = {RowFormat.INT4: torch.quint4x2, RowFormat.INT8: torch.qint8}
@@ -190,3 +200,78 @@ def test_what_cannot_be_quantised_is_refused(model: Model) -> None:
     with pytest.raises(ValueError, match=r"table 'embeddings.embeddings.user': values: expected finite"):
         quantize_embeddings(model)
     assert isinstance(model.embeddings, EmbeddingCollection)
+
+
+def test_sharded_tables_over_two_processes(tmp_path: Path) -> None:
+    outs = [tmp_path / f"rank-{rank}.json" for rank in range(2)]
+    module = "tests.adapters.torchrec_door.quantize_ranks"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(rank), "2", str(tmp_path / "store"), str(out)],
+            cwd=ROOT,
+            env=environment() | {"LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    for process in running:
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, output[-3000:]
+    for out in outs:
+        found = json.loads(out.read_text(encoding="utf-8"))
+        assert found["sharded"] == ["action", "item", "user"]
+        for row_format in INTEGER:
+            same = found[row_format]
+            assert same["tables"] == ["action", "item", "user"]
+            assert all(same[part] for part in ("bytes", "scores", "report", "after", "changed")), same
+            assert same["before"] < 1e-6
+        assert "values: expected finite" in found["refused"]
+
+
+SHARDINGS = ["row_wise", "table_wise", {"item": "row_wise", "user": "table_wise"}]
+
+
+@pytest.fixture
+def torchrecs_device() -> Iterator[None]:
+    before = get_propogate_device()
+    yield
+    set_propogate_device(before)
+
+
+@pytest.mark.usefixtures("torchrecs_device")
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("sharding", SHARDINGS, ids=str)
+@pytest.mark.parametrize("row_format", INTEGER)
+def test_quantised_tables_over_devices(model: Model, row_format: RowFormat, sharding: Any, devices: int) -> None:
+    quantize_embeddings(model, row_format)
+    expected = {key: value.clone() for key, value in numbers(model).items()}
+    assert shard_quantized(model, num_devices=devices, device="cpu", sharding=sharding) is model
+    assert isinstance(model.embeddings, ShardedQuantEmbeddingCollection)
+    for key, value in numbers(model).items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that this PyTorch can use")
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
+def test_quantised_tables_over_gpus(model: Model, sharding: str) -> None:
+    quantize_embeddings(model.cuda())
+    expected = {key: jagged.values() for key, jagged in model.embeddings(FEATURES.to("cuda")).items()}
+    shard_quantized(model, num_devices=torch.cuda.device_count(), sharding=sharding)
+    for key, jagged in model.embeddings(FEATURES.to("cuda")).items():
+        assert torch.equal(jagged.values(), expected[key]), key
+
+
+def test_what_cannot_be_spread_is_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"model: expected a module that holds quantised .* got none"):
+        shard_quantized(model, num_devices=2, device="cpu")
+    quantize_embeddings(model)
+    with pytest.raises(ValueError, match=r"model: expected a module that holds quantised .* got one alone"):
+        shard_quantized(model.embeddings, num_devices=2, device="cpu")
+    for wrong in ("column_wise", {"item": "row_wise"}):
+        with pytest.raises(ValueError, match="sharding: expected one of table_wise, row_wise on cpu for each of item"):
+            shard_quantized(model, num_devices=2, device="cpu", sharding=wrong)
+    with pytest.raises(ValueError, match="sharding: expected one of cpu and cuda devices on meta"):
+        shard_quantized(model, num_devices=2, device="meta")

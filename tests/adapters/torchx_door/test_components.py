@@ -72,6 +72,15 @@ def test_named_resources_take_precedence() -> None:
     assert role.resource.gpu == 1 and role.resource.cpu == 8
 
 
+def test_rankers_are_quantised_by_their_own_command() -> None:
+    (role,) = app_of(
+        "quantize", ["--recipe", "mine.yaml", "--data", "in", "--", "runs/hstu-seed1", "--dtype", "int8"]
+    ).roles
+    assert role.args[1].endswith("hstu-rank quantize mine.yaml --data in runs/hstu-seed1 --dtype int8")
+    with pytest.raises(ValueError, match="recipe, data: expected both for a ranker"):
+        app_of("quantize", ["--recipe", "mine.yaml", "--", "run"])
+
+
 def test_hosts_and_processes() -> None:
     (role,) = app_of("train", ["--config", "c.yaml", "-j", "1:4x8"]).roles
     assert role.num_replicas == 4 and role.min_replicas == 1
@@ -89,7 +98,7 @@ def test_words_are_quoted() -> None:
 def stable(text: str) -> str:
     """Without what differs from machine to machine and from run to run."""
     text = text.replace(sysconfig.get_path("scripts"), "<scripts>")
-    text = re.sub(r"hstu-([a-z]+)-[a-z0-9]{10,}", r"hstu-\1-<id>", text)
+    text = re.sub(r"hstu-([a-z]+)-[a-z0-9]{6,}", r"hstu-\1-<id>", text)
     return re.sub(r"torchx\.pytorch\.org/version: \S+", "torchx.pytorch.org/version: <version>", text)
 
 

@@ -1,4 +1,9 @@
-"""The dequantising gather: packed rows in, sequence rows out, one pass over memory. SHAPE is a `shape.GatherShape`."""
+"""The dequantising gather: packed rows in, sequence rows out, one pass over memory. SHAPE is a `shape.GatherShape`.
+
+The codes of all rows of a call are one series of units (row 0's, row 1's, ...), and a program takes the next
+`block_units` of it, whatever the width of a row. A thread has a unit, its row's id, scale and bias, and the elements
+that come from the unit. Threads pass nothing to each other: what neighbours read alike comes from the cache.
+"""
 
 import triton
 import triton.language as tl
@@ -12,7 +17,7 @@ def _half(low_bits):
 
 @triton.jit
 def _scale_and_bias(tail_ptr, inside, SHAPE: tl.constexpr):
-    """float32 ``[R]`` each, from the four bytes at ``tail_ptr [R]``."""
+    """float32 ``[U]`` each, from the four bytes at ``tail_ptr [U]``."""
     if SHAPE.unit_bytes == 4:
         both = tl.load(tail_ptr, mask=inside, other=0)
         scale, bias = _half(both), _half(both >> 16)
@@ -29,15 +34,20 @@ def _scale_and_bias(tail_ptr, inside, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _add_rows(values, table_ptr, ids_ptr, num_rows, rows, in_batch, columns, wanted, SHAPE: tl.constexpr):
-    """``values [R, U, C]`` plus rows of a dense table; an id of -1 adds nothing, any other outside gives NaN."""
+def _ids_of(ids_ptr, num_rows, rows, in_batch):
+    """``ids [U]`` of a dense table, whether they lie in it, and whether they mean a row or (-1) none."""
     ids = tl.load(ids_ptr + rows, mask=in_batch, other=-1).to(tl.int64)
     inside = (ids >= 0) & (ids < num_rows)
-    term = tl.load(
-        table_ptr + ids[:, None, None] * SHAPE.dim + columns, mask=wanted & inside[:, None, None], other=0.0
-    ).to(tl.float32)
-    known = inside | (ids == -1)
-    return values + tl.where(known[:, None, None], term, float("nan"))
+    return ids, inside, inside | (ids == -1)
+
+
+@triton.jit
+def _add_rows(values, table_ptr, ids, inside, columns, SHAPE: tl.constexpr):
+    """``values [U, C]`` plus rows of a dense table; nothing where the id lies outside."""
+    wanted = inside[:, None]
+    if SHAPE.ragged:
+        wanted &= columns < SHAPE.dim
+    return values + tl.load(table_ptr + ids[:, None] * SHAPE.dim + columns, mask=wanted, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["total_rows", "num_rows", "num_actions", "num_positions", "item_scale"])
@@ -55,38 +65,51 @@ def int4_gather_kernel(
     num_positions,
     item_scale,
     SHAPE: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """``out [L, D]`` (contiguous) from ``data [rows, row_units]``; grid ``ceil(L / block_rows)``."""
-    BLOCK_ROWS: tl.constexpr = SHAPE.block_rows
-    BLOCK_UNITS: tl.constexpr = SHAPE.block_units
+    """``out [L, D]`` (contiguous) from ``data [rows, row_units]``; grid ``ceil(L * code_units / block_units)``.
+
+    ``item_scale`` counts where ``SCALED``.
+    """
+    BLOCK: tl.constexpr = SHAPE.block_units
+    UNITS: tl.constexpr = SHAPE.code_units
     CODES: tl.constexpr = SHAPE.codes
-    BITS: tl.constexpr = SHAPE.bits
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    # Row and unit inside it, [U]: one division of 64 bits for the program, small ones for its threads.
+    first_row = begin // UNITS
+    place = tl.arange(0, BLOCK)
+    if BLOCK % UNITS != 0:
+        place += (begin - first_row * UNITS).to(tl.int32)
+    rows = first_row + place // UNITS
+    units = place % UNITS
     in_batch = rows < total_rows
-    # [R]; addresses of a table beyond 2 GiB need 64 bits.
-    ids = tl.load(ids_ptr + rows, mask=in_batch, other=-1).to(tl.int64)
-    inside = (ids >= 0) & (ids < num_rows)
+    ids, inside, _ = _ids_of(ids_ptr, num_rows, rows, in_batch)
+    valid = inside
+    if action_ptr is not None:
+        action_ids, some_action, known = _ids_of(action_ids_ptr, num_actions, rows, in_batch)
+        valid &= known
+    if position_ptr is not None:
+        position_ids, some_position, known = _ids_of(position_ids_ptr, num_positions, rows, in_batch)
+        valid &= known
+    # Addresses of a table beyond 2 GiB need 64 bits.
     row_ptr = data_ptr + ids * SHAPE.row_units
-    scale, bias = _scale_and_bias(row_ptr + SHAPE.code_units, inside, SHAPE)
-    # One more row of NaN for a wrong id: its scale.
-    scale = tl.where(inside, scale, float("nan"))
+    words = tl.load(row_ptr + units, mask=inside, other=0).to(tl.int32)
+    scale, bias = _scale_and_bias(row_ptr + UNITS, inside, SHAPE)
+    # A wrong id, of whichever table, makes its row NaN: through the scale, once for all elements.
+    scale = tl.where(valid, scale, float("nan"))
     code = tl.arange(0, CODES)
-    for begin in range(0, SHAPE.code_units, BLOCK_UNITS):
-        units = begin + tl.arange(0, BLOCK_UNITS)
-        # [R, U]
-        words = tl.load(
-            row_ptr[:, None] + units[None, :], mask=inside[:, None] & (units < SHAPE.code_units)[None, :], other=0
-        ).to(tl.int32)
-        # [R, U, C]
-        codes = (words[:, :, None] >> (code * BITS)[None, None, :]) & ((1 << BITS) - 1)
-        values = codes.to(tl.float32) * scale[:, None, None] + bias[:, None, None]
+    # [U, C]
+    codes = ((words[:, None] >> (code * SHAPE.bits)[None, :]) & ((1 << SHAPE.bits) - 1)).to(tl.float32)
+    # The product of 11 and at most 8 bits is exact, so the fused operation rounds as product and sum do.
+    values = tl.fma(codes, tl.broadcast_to(scale[:, None], codes.shape), tl.broadcast_to(bias[:, None], codes.shape))
+    if SCALED:
         values = values * item_scale
-        columns = (units * CODES)[None, :, None] + code[None, None, :]
-        wanted = in_batch[:, None, None] & (columns < SHAPE.dim)
-        if action_ptr is not None:
-            values = _add_rows(values, action_ptr, action_ids_ptr, num_actions, rows, in_batch, columns, wanted, SHAPE)
-        if position_ptr is not None:
-            values = _add_rows(
-                values, position_ptr, position_ids_ptr, num_positions, rows, in_batch, columns, wanted, SHAPE
-            )
-        tl.store(out_ptr + rows[:, None, None] * SHAPE.dim + columns, values.to(out_ptr.dtype.element_ty), mask=wanted)
+    columns = (units * CODES)[:, None] + code[None, :]
+    if action_ptr is not None:
+        values = _add_rows(values, action_ptr, action_ids, some_action, columns, SHAPE)
+    if position_ptr is not None:
+        values = _add_rows(values, position_ptr, position_ids, some_position, columns, SHAPE)
+    wanted = in_batch[:, None]
+    if SHAPE.ragged:
+        wanted &= columns < SHAPE.dim
+    tl.store(out_ptr + rows[:, None] * SHAPE.dim + columns, values.to(out_ptr.dtype.element_ty), mask=wanted)

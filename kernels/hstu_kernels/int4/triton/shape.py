@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hstu_kernels.int4.format import TAIL_BYTES, PackedRows
 
-# Units that a program decodes at once, and the most that it takes from one row. Measured on no GPU yet.
-_TILE_UNITS = {1: 1024, 2: 1024, 4: 512}
-_MOST_COLUMNS = 128
-# Product and sum are rounded apart, as the tensor operations do: the same bits on every path.
-LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatherTile:
+    """How the work is cut.
+
+    Attributes:
+        units: that a program decodes, a power of two; four bytes of int4 codes are a unit, so 512 are 32 rows of
+            width 128, or 8 of width 512.
+        warps: of a program.
+    """
+
+    units: int = 512
+    warps: int = 4
+
+    @property
+    def launch_options(self) -> dict[str, Any]:
+        """Product and sum are rounded apart, as the tensor operations do: the same bits on every path."""
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
+
+
+TILE = GatherTile()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +41,8 @@ class GatherShape:
         row_units: units of a row.
         code_units: those of them that hold codes.
         codes: codes in a unit.
-        block_rows, block_units: rows and units of a tile, powers of two.
+        ragged: whether the last unit of a row has codes beyond ``dim``.
+        block_units: units of a program.
     """
 
     dim: int
@@ -33,23 +51,22 @@ class GatherShape:
     row_units: int
     code_units: int
     codes: int
-    block_rows: int
+    ragged: bool
     block_units: int
 
 
-def gather_shape(table: PackedRows) -> GatherShape:
+def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
     """The shape for a table: the widest unit in which every row begins and ends on a boundary."""
     row_bytes = table.format.row_bytes(table.dim)
     unit = next(u for u in (4, 2, 1) if row_bytes % u == 0 and table.data.data_ptr() % u == 0)
-    code_units = (row_bytes - TAIL_BYTES) // unit
-    block_units = min(_MOST_COLUMNS, 1 << (code_units - 1).bit_length())
+    code_units, codes = (row_bytes - TAIL_BYTES) // unit, unit * 8 // table.format.bits
     return GatherShape(
         dim=table.dim,
         bits=table.format.bits,
         unit_bytes=unit,
         row_units=row_bytes // unit,
         code_units=code_units,
-        codes=unit * 8 // table.format.bits,
-        block_rows=max(1, _TILE_UNITS[unit] // block_units),
-        block_units=block_units,
+        codes=codes,
+        ragged=code_units * codes != table.dim,
+        block_units=tile.units,
     )
