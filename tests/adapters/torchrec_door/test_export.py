@@ -177,7 +177,8 @@ def test_a_scorer_that_moves_takes_its_thresholds_along() -> None:
 def test_exported_on_cuda_equals_the_jagged_path(kind: str) -> None:
     scorer, given = PaddedRetrievalScorer(core(torch.float32).cuda()), inputs(torch.float32)
     if kind == "ranking":
-        scorer, given = PaddedRankingScorer(ranker(torch.float32).cuda(), contextual=1), ranking_inputs(1, torch.float32)
+        scorer = PaddedRankingScorer(ranker(torch.float32).cuda(), contextual=1)
+        given = ranking_inputs(1, torch.float32)
     on_device = tuple(x.cuda() for x in given)
     program = export_scorer(scorer, history_len=WIDTH, num_candidates=ASKED)
     with torch.no_grad():
