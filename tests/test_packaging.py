@@ -49,6 +49,13 @@ def test_extras() -> None:
     )
 
 
+def test_extras_bring_what_their_command_imports() -> None:
+    # hstu-torchrec-data: click for its options, pandas for the tables, pyarrow for the files.
+    for extra in ("torchrec", "torchrec-cpu"):
+        for name in ("click", "pandas", "pyarrow"):
+            assert _requirement(extra, name) == _requirement("ranking", name)
+
+
 def test_every_package_is_found() -> None:
     packages = _packages()
     assert {"hstu_plugin", "hstu_kernels", "recbole_configs", "ranking_configs", "torchx_components"} <= packages

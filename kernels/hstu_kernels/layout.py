@@ -89,7 +89,7 @@ class JaggedLayout:
         offsets = torch.tensor(ends, dtype=torch.int64).to(device, non_blocking=True)
         layout = cls(offsets, max(counts, default=0), contextual_seq_len=contextual_seq_len)
         if not any(0 < count < contextual_seq_len for count in counts):
-            layout._checked.append((ends[-1], *layout._versions()))
+            layout.vouched(ends[-1])
         return layout
 
     @property
@@ -138,6 +138,11 @@ class JaggedLayout:
         trimmed = JaggedLayout.from_lengths(self.history_lengths, max_seq_len=self.max_seq_len)
         return replace(trimmed, contextual_seq_len=self.contextual_seq_len)
 
+    def vouched(self, rows: int) -> JaggedLayout:
+        """Itself, for a caller that has checked on the host what `check_rows` would ask the device."""
+        self._checked[:] = [(rows, *self._versions())]
+        return self
+
     def check_rows(self, name: str, rows: int) -> None:
         """Raise ``ValueError`` unless the layout is consistent and covers ``rows`` rows.
 
@@ -171,7 +176,7 @@ class JaggedLayout:
                 f"contextual_seq_len: sequence {b} has {int(lengths[b] - targets[b])} rows before its targets, fewer "
                 f"than the {self.contextual_seq_len} contextual rows that every non-empty sequence must have"
             )
-        self._checked[:] = [found]
+        self.vouched(rows)
 
     def _versions(self) -> tuple[int, int]:
         return _version(self.seq_offsets), 0 if self.num_targets is None else _version(self.num_targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema, of_candidates
+
+Counts = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,23 @@ class SequenceBatch(Pipelineable):  # type: ignore[misc]
         numbers: exact int64 seconds, never looked up; ``None`` for models without times.
         labels: ``[total_candidates, num_tasks]`` float in the order of the candidates, for ranking.
         measures: float32 numbers of actions, NaN unknown; ``None`` for schemas without.
+        counts: key of ``features`` -> the length of each user, as numbers of the host. `to` fills them in where the
+            lengths lie on the host: a step that knows them never waits for its device.
     """
 
     features: KeyedJaggedTensor
     numbers: KeyedJaggedTensor | None = None
     labels: Tensor | None = None
     measures: KeyedJaggedTensor | None = None
+    counts: Counts | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> SequenceBatch:
         for jagged in (self.features, self.numbers, self.measures):
             if jagged is not None:
                 # Counted where the lengths lie: asked for later, each count would wait for the device.
                 jagged.sync()
-        return self._map(lambda part: part.to(device=device, non_blocking=non_blocking))
+        moved = self._map(lambda part: part.to(device=device, non_blocking=non_blocking))
+        return moved if self.counts is not None else replace(moved, counts=host_counts(self.features))
 
     def record_stream(self, stream: torch.Stream) -> None:
         for part in (self.features, self.numbers, self.labels, self.measures):
@@ -47,7 +53,16 @@ class SequenceBatch(Pipelineable):  # type: ignore[misc]
 
     def _map(self, change: Callable[[Any], Any]) -> SequenceBatch:
         parts = (self.features, self.numbers, self.labels, self.measures)
-        return SequenceBatch(*(None if part is None else change(part) for part in parts))
+        return SequenceBatch(*(None if part is None else change(part) for part in parts), self.counts)
+
+
+def host_counts(features: KeyedJaggedTensor) -> Counts | None:
+    """The lengths of every key as numbers of the host; ``None`` where a device would have to be asked for them."""
+    lengths = features.lengths()
+    if lengths.device.type != "cpu" or features.variable_stride_per_key():
+        return None
+    keys: list[str] = features.keys()
+    return dict(zip(keys, map(tuple, lengths.view(len(keys), -1).tolist()), strict=True))
 
 
 def keyed_jagged(columns: Mapping[str, Sequence[Tensor]], *, dtype: torch.dtype = torch.int64) -> KeyedJaggedTensor:

@@ -111,7 +111,11 @@ class KJTToEvents(nn.Module):
         rows = torch.arange(items.shape[0] + shown.shape[0], device=items.device)
         cut = items.shape[0]
         history_layout, shown_layout = (
-            JaggedLayout.from_lengths(found[key].lengths().long()) for key in (schema.item, schema.candidate)
+            JaggedLayout.from_lengths(
+                found[key].lengths().long(),
+                max_seq_len=None if batch.counts is None else max(batch.counts[key], default=0),
+            )
+            for key in (schema.item, schema.candidate)
         )
         series = [_canonical(batch.features[key], found[key], found[schema.item], key) for key in schema.series]
         history = Events(

@@ -26,7 +26,7 @@ class PaddedEncoder(nn.Module):
     """Embedding and encoder of a core model on padded rows; shares its weights. Memory is ``[B, H, W, W]`` a layer.
 
     Args:
-        core: the trained model; taken in its evaluation mode.
+        core: the trained model, on its device; taken in its evaluation mode.
 
     Raises:
         ValueError: the model truncates, so that its later layers see fewer rows: one width cannot hold both.
@@ -45,7 +45,10 @@ class PaddedEncoder(nn.Module):
         self.layers = nn.ModuleList(_in_pytorch(layer) for layer in core.encoder.first_layers)
         self.config: HSTUConfig = core.config
         buckets = core.config.num_time_buckets if core.config.time_bias else 0
-        self.register_buffer("boundaries", bucket_boundaries(buckets), persistent=False)
+        device = core.encoder.layers[0].uvqk.weight.device  # type: ignore[union-attr]
+        assert isinstance(device, torch.device)
+        # Graphs cannot hold tensors of two devices: the thresholds lie where the weights lie, and move with the scorer.
+        self.register_buffer("boundaries", bucket_boundaries(buckets, device), persistent=False)
 
     def forward(
         self, x: Tensor, index: Tensor, ends: Tensor, real: Tensor, times: Tensor, asked_at: Tensor, contextual: int

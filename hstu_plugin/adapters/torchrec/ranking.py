@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from hstu_plugin.adapters.torchrec.batch import SequenceBatch, check_batch
+from hstu_plugin.adapters.torchrec.batch import Counts, SequenceBatch, check_batch
 from hstu_plugin.adapters.torchrec.channel import Channel, check_channels
 from hstu_plugin.adapters.torchrec.events import EventBatch, KJTToEvents
 from hstu_plugin.adapters.torchrec.reduce import global_mean
@@ -73,7 +73,7 @@ class RankingHead(nn.Module):
     def scores(self, vectors: Mapping[str, JaggedTensor], batch: SequenceBatch) -> Tensor:
         """``[total_candidates, num_tasks]`` in the order of the candidates' key: logits, values of regressions."""
         if self.sequence is not None:
-            return self._plain_scores(vectors, batch.numbers)
+            return self._plain_scores(vectors, batch.numbers, batch.counts)
         history, candidates = self.tokens(vectors, batch)
         if isinstance(self.core, MixtureRanker):
             assert not isinstance(history, JaggedSequence)
@@ -83,9 +83,11 @@ class RankingHead(nn.Module):
             scores = self.core(with_targets(history, candidates))
         return scores
 
-    def _plain_scores(self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None) -> Tensor:
+    def _plain_scores(
+        self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None, counts: Counts | None = None
+    ) -> Tensor:
         assert self.sequence is not None
-        scores: Tensor = self.core(self.sequence(vectors, numbers))
+        scores: Tensor = self.core(self.sequence(vectors, numbers, counts))
         return scores
 
     def training_scores(self, vectors: Mapping[str, JaggedTensor], batch: SequenceBatch) -> Tensor:
@@ -102,7 +104,7 @@ class RankingHead(nn.Module):
     ) -> tuple[JaggedSequence | dict[str, JaggedSequence], JaggedSequence]:
         """Token vectors of the histories (by channel, for a mixture) and of the candidates, for cached scoring."""
         if self.sequence is not None:
-            seq: JaggedSequence = self.sequence(vectors, batch.numbers)
+            seq: JaggedSequence = self.sequence(vectors, batch.numbers, batch.counts)
             return seq.history(), seq.targets()
         assert self.events is not None
         events: EventBatch = self.events(vectors, batch)

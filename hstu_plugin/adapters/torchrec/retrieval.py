@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from hstu_plugin.adapters.torchrec.batch import SequenceBatch, check_batch
+from hstu_plugin.adapters.torchrec.batch import Counts, SequenceBatch, check_batch
 from hstu_plugin.adapters.torchrec.reduce import global_mean
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 from hstu_plugin.adapters.torchrec.sequence import KJTToSequence, awaited
@@ -69,16 +69,21 @@ class RetrievalHead(nn.Module):
         vectors: Mapping[str, JaggedTensor],
         features: KeyedJaggedTensor,
         numbers: KeyedJaggedTensor | None,
+        counts: Counts | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean next-item loss over all positions, and the number of positions (scalar int64)."""
+        """Mean next-item loss over all positions, and the number of positions (scalar int64).
+
+        With ``counts`` (`SequenceBatch.counts`) the host never waits for the device, unless the model truncates.
+        """
         vectors = awaited(vectors, self.core.config.embedding_dim)
         schema, retrieval = self.schema, self.core.retrieval
-        seq = self.sequence(vectors, numbers)
+        seq = self.sequence(vectors, numbers, counts)
         ids, items = features[schema.item].values(), vectors[schema.item].values()
-        # Rows are chosen before the encoder runs: the host waits for the choice, and then has the whole encoder to
-        # launch ahead of the device.
-        asks, predicted = self._asking(seq, vectors[schema.item].lengths().long(), ids.numel())
-        count = torch.tensor(predicted.numel(), device=ids.device)
+        # Before the encoder runs: where the host has to wait for the choice it then has the whole encoder to launch.
+        known = None if counts is None else counts[schema.item]
+        asks, predicted = self._asking(seq, vectors[schema.item].lengths().long(), ids.numel(), known)
+        # Filled on the device; a copied number would wait for all that was launched before.
+        count = torch.full((), predicted.numel(), dtype=torch.int64, device=ids.device)
         rows = self.core.encode(seq).values.index_select(0, asks)
         positive_ids = ids[predicted]
         if self.whole_table:
@@ -98,14 +103,20 @@ class RetrievalHead(nn.Module):
         loss = shared_negatives_loss(rows, positive_ids, positives, negative_ids, negatives, retrieval)
         return loss, count
 
-    def _asking(self, seq: JaggedSequence, events: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    def _asking(
+        self, seq: JaggedSequence, events: Tensor, total: int, known: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor]:
         """Rows of the encoder's output that predict, and the events in ``[0, total)`` that they predict, alike."""
         layout = seq.layout
-        starts = torch.repeat_interleave(events.cumsum(0) - events, events, output_size=total)
-        predicted = (torch.arange(total, device=starts.device) != starts).nonzero().squeeze(1)
+        # All events but the first of each user.
+        later = (events - 1).clamp(min=0)
+        size = int(later.sum()) if known is None else sum(max(0, length - 1) for length in known)
+        first = events.cumsum(0) - events
+        shift = torch.repeat_interleave(first + 1 - (later.cumsum(0) - later), later, output_size=size)
+        predicted = shift + torch.arange(size, device=shift.device)
         # An event's row stands behind the contextual rows of its own and all earlier users.
         shift = torch.repeat_interleave(
-            layout.seq_offsets[:-1] - (events.cumsum(0) - events) + layout.contextual_seq_len, events, output_size=total
+            layout.seq_offsets[:-1] - first + layout.contextual_seq_len, events, output_size=total
         )
         asks = predicted - 1 + shift[predicted]
         if not self.core.config.truncates:
@@ -173,9 +184,10 @@ class RetrievalLossHead(RetrievalHead):
         vectors: Mapping[str, JaggedTensor],
         features: KeyedJaggedTensor,
         numbers: KeyedJaggedTensor | None,
+        counts: Counts | None = None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(features.device().type, self.autocast, enabled=self.autocast is not None):
-            loss, rows = self.loss(vectors, features, numbers)
+            loss, rows = self.loss(vectors, features, numbers, counts)
         return global_mean(loss, rows), rows
 
 
@@ -193,5 +205,5 @@ class HSTURetrievalTask(nn.Module):
         self.head = RetrievalLossHead(model.head, autocast)
 
     def forward(self, batch: SequenceBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        loss, rows = self.head(self.embeddings(batch.features), batch.features, batch.numbers)
+        loss, rows = self.head(self.embeddings(batch.features), batch.features, batch.numbers, batch.counts)
         return loss, (loss.detach(), rows)

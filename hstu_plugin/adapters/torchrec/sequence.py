@@ -10,7 +10,7 @@ from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from hstu_kernels import JaggedLayout
-from hstu_plugin.adapters.torchrec.batch import check_keys
+from hstu_plugin.adapters.torchrec.batch import Counts, check_keys
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 from hstu_plugin.sequence import JaggedSequence
 
@@ -37,12 +37,18 @@ class KJTToSequence(nn.Module):
         self.with_candidates = with_candidates
         self.width = width
 
-    def forward(self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None = None) -> JaggedSequence:
+    def forward(
+        self,
+        vectors: Mapping[str, JaggedTensor],
+        numbers: KeyedJaggedTensor | None = None,
+        counts: Counts | None = None,
+    ) -> JaggedSequence:
         """Arrange the rows.
 
         Args:
             vectors: from an EmbeddingCollection: key -> values ``[n, D]`` with lengths ``[B]``.
             numbers: int64 seconds under the schema's time keys.
+            counts: the lengths as numbers (`SequenceBatch.counts`); without them the device is asked.
 
         Returns:
             values ``[L, D]`` in the dtype of ``vectors``, timestamps ``[L]``. Contextual rows bear time 0: the
@@ -57,22 +63,40 @@ class KJTToSequence(nn.Module):
         history = summed(found, schema.history)
         lengths = found[schema.item].lengths().long()
         contextual = [pooled(found[key]) for key in schema.contextual]
-        parts, counts = [*contextual, history], [*(torch.ones_like(lengths) for _ in contextual), lengths]
+        parts, rows = [*contextual, history], [*(torch.ones_like(lengths) for _ in contextual), lengths]
         num_targets = None
         if self.with_candidates:
             assert schema.candidate is not None
             parts.append(summed(found, schema.candidates))
             num_targets = found[schema.candidate].lengths().long()
-            counts.append(num_targets)
-        layout = JaggedLayout.from_lengths(
-            torch.stack(counts).sum(0), num_targets=num_targets, contextual_seq_len=len(contextual)
-        )
+            rows.append(num_targets)
         sizes = [part.shape[0] for part in parts]
+        known = None if counts is None else self._known_lengths(counts, sum(sizes))
+        layout = JaggedLayout.from_lengths(
+            torch.stack(rows).sum(0),
+            max_seq_len=None if known is None else max(known, default=0),
+            num_targets=num_targets,
+            contextual_seq_len=len(contextual),
+        )
+        if known is not None:
+            layout.vouched(sum(sizes))
         # One part alone stands in its order already.
-        order = None if len(parts) == 1 else _order(counts, sizes, layout)
+        order = None if len(parts) == 1 else _order(rows, sizes, layout)
         values = parts[0] if order is None else torch.cat(parts).index_select(0, order)
-        timestamps = self._timestamps(numbers, counts, len(contextual), order)
+        timestamps = self._timestamps(numbers, rows, len(contextual), order)
         return JaggedSequence(values, layout, timestamps)
+
+    def _known_lengths(self, counts: Counts, total: int) -> list[int]:
+        """Rows of each user, the contextual ones included."""
+        schema = self.schema
+        keys = [schema.item]
+        if self.with_candidates:
+            assert schema.candidate is not None
+            keys.append(schema.candidate)
+        lengths = [len(schema.contextual) + sum(own) for own in zip(*(counts[key] for key in keys), strict=True)]
+        if sum(lengths) != total:
+            raise ValueError(f"counts: expected lengths that add up to the {total} rows of a batch, got {sum(lengths)}")
+        return lengths
 
     def _timestamps(
         self, numbers: KeyedJaggedTensor | None, counts: list[Tensor], contextual: int, order: Tensor | None

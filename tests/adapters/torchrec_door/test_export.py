@@ -153,6 +153,38 @@ def test_exported_program_runs_in_a_fresh_process_without_us(kind: str, tmp_path
     assert done.stdout.strip() == "equal"
 
 
+@pytest.mark.parametrize("kind", ["retrieval", "ranking"])
+def test_the_graph_stays_on_the_devices_of_the_weights(kind: str) -> None:
+    # "meta" stands for any device that is not the CPU: a constant left on the CPU stops the export here as on CUDA.
+    scorer: PaddedRetrievalScorer | PaddedRankingScorer
+    if kind == "retrieval":
+        scorer = PaddedRetrievalScorer(core(torch.float32).to("meta"))
+    else:
+        scorer = PaddedRankingScorer(ranker(torch.float32).to("meta"), contextual=1)
+    program = export_scorer(scorer, history_len=WIDTH, num_candidates=ASKED)
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    assert {value.device.type for value in values if isinstance(value, torch.Tensor)} == {"meta"}
+
+
+def test_a_scorer_that_moves_takes_its_thresholds_along() -> None:
+    scorer = PaddedRetrievalScorer(core(torch.float32)).to("meta")
+    assert scorer.padded.boundaries.is_meta and scorer.padded.boundaries.numel() > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="exports a model that lies on a GPU: needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["retrieval", "ranking"])
+def test_exported_on_cuda_equals_the_jagged_path(kind: str) -> None:
+    scorer, given = PaddedRetrievalScorer(core(torch.float32).cuda()), inputs(torch.float32)
+    if kind == "ranking":
+        scorer = PaddedRankingScorer(ranker(torch.float32).cuda(), contextual=1)
+        given = ranking_inputs(1, torch.float32)
+    on_device = tuple(x.cuda() for x in given)
+    program = export_scorer(scorer, history_len=WIDTH, num_candidates=ASKED)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(*on_device), scorer(*on_device), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++, and there is no g++")
 def test_compiled_ahead_of_time(tmp_path: Path) -> None:
