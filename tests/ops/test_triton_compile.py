@@ -92,13 +92,14 @@ def compiled(
     bias: bool = False,
     descriptors: bool = False,
     precision: str = "ieee",
+    longest: int = 0,
 ) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = kernels()[name]
     bias = bias or name == "bias"
-    tile = tile_of(tile_set(*widths, dtype, biased=bias), name)
+    tile = tile_of(tile_set(*widths, dtype, biased=bias, windowed=mask.max_attn_len > 0, longest=longest), name)
     shape = KernelShape(
         heads=4,
         qk_dim=widths[0],
@@ -114,6 +115,7 @@ def compiled(
         descriptors=descriptors,
         precision=precision,
         assembly=True,
+        own_in_registers=tile.own_in_registers if dtype.itemsize == 2 else 0,
     )
     constants: dict[str, Any] = {"SHAPE": shape, "MASK": mask, "ENTRIES": 256 if bias else 0, "COPIES": 32}
     constants |= {"SPLIT_ROWS": 2048, "STAGES": tile.num_stages}
@@ -184,6 +186,17 @@ def test_hopper_code_fits_into_registers(name: str, tmp_path: Path) -> None:
     kernel = compiled(name, 90)
     assert kernel.metadata.shared <= 227 * 1024
     assert resources(kernel, tmp_path)["STACK"] <= STACK_BOUND
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_tile_of_long_batches_fits_into_registers(width: int, tmp_path: Path) -> None:
+    plain = AttentionMask()
+    short, long = (
+        compiled("forward", 90, widths=(width, width), mask=plain, descriptors=True, longest=n) for n in (0, 1 << 20)
+    )
+    assert long.asm["ttgir"] != short.asm["ttgir"]
+    assert long.metadata.shared <= 227 * 1024
+    assert resources(long, tmp_path)["STACK"] == 0
 
 
 @pytest.mark.parametrize("name", ["forward", "dq", "dkdv", "target"])

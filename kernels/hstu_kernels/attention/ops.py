@@ -83,7 +83,7 @@ def operator_attention(
 
 
 def work_keys(qk_dim: int, v_dim: int, dtype: torch.dtype, biased: bool) -> tuple[WorkKey, ...]:
-    """Sides and tiles of the lists that the kernels of these widths read, each once."""
+    """Sides and tiles of the lists that the kernels of these widths read, each once; the same for every mask."""
     tiles = tile_set(qk_dim, v_dim, dtype, biased=biased)
     sides = [("query", tiles.forward), ("query", tiles.dq), ("key", tiles.dkdv)]
     if biased:
@@ -246,7 +246,8 @@ class _Call:
     def _tiles(self) -> Any:
         q, _, v = self.tensors[:3]
         assert q is not None and v is not None
-        return tile_set(q.shape[2], v.shape[2], q.dtype, biased=self.bias is not None)
+        windowed = self.mask.max_attn_len > 0
+        return tile_set(q.shape[2], v.shape[2], q.dtype, biased=self.bias is not None, windowed=windowed)
 
     def _triton_plan(self) -> TritonPlan:
         q, _, v, _, time_table = self.tensors

@@ -55,6 +55,12 @@ def _has_copy_engine(device: int) -> bool:
     return interpreting() or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.lru_cache(maxsize=64)
+def same_bits(device: int) -> bool:
+    """Whether query tiles of 64 and of 128 rows are known to give the same bits: on Hopper, whose products have 64."""
+    return not interpreting() and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def shape_of(
     heads: int,
     qk_dim: int,

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu_kernels.attention.triton.arguments import Tables, addressable, panels, shape_of
+from hstu_kernels.attention.triton.arguments import Tables, addressable, panels, same_bits, shape_of
 from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
 from hstu_kernels.attention.triton.join import hstu_join_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
-from hstu_kernels.attention.triton.tiles import Tile, TileSet, float32_precision, padded_width, tile_set
+from hstu_kernels.attention.triton.tiles import (
+    Tile,
+    TileSet,
+    float32_precision,
+    length_class,
+    padded_width,
+    tile_set,
+)
 from hstu_kernels.bias import RelativeBias
 from hstu_kernels.gradients import needs_gradient
 from hstu_kernels.mask import AttentionMask
@@ -54,7 +61,11 @@ def triton_attention(
     time_table = None if bias is None else bias.time_table
     if tiles is None:
         biased = pos_table is not None or time_table is not None
-        tiles = _tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased)
+        longest = length_class(plan.layout.max_seq_len)
+        if longest and not same_bits(q.get_device()):
+            longest = 0
+        windowed = plan.mask.max_attn_len > 0
+        tiles = _tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased, windowed=windowed, longest=longest)
     if not needs_gradient(q, k, v, pos_table, time_table):
         return triton_forward(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)
     out: Tensor = _TritonAttention.apply(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)  # type: ignore[no-untyped-call]

@@ -73,18 +73,39 @@ class KernelShape:
     few_buckets: int = 3
 
 
-def tile_set(qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool) -> TileSet:
+def tile_set(
+    qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool, windowed: bool = False, longest: int = 0
+) -> TileSet:
     """The tiles for head widths ``qk_dim`` and ``v_dim``, with and without a relative bias.
 
-    Measured on an H100 at widths 64 and 128 without bias (docs/performance-notes.md), the rest by shared memory and
-    registers. Never by length: a longer neighbour or another ``max_seq_len`` may not change a number.
+    Measured on an H100 at widths 64 and 128 (docs/performance-notes.md), the rest by shared memory and registers.
+
+    Args:
+        qk_dim, v_dim, dtype: of q, k and v.
+        biased: with a relative bias.
+        windowed: ``max_attn_len`` is not 0: programs are short, and long tiles may be cut.
+        longest: rows of the longest sequence, or a bound; 0 where two tiles are not known to give the same bits.
+
+    A longer neighbour or another ``max_seq_len`` may not change a number. So only the forward without bias and window
+    goes by the length, between tiles that add up in the same order: the same bits (tested on CUDA).
     """
-    width = max(padded_width(qk_dim), padded_width(v_dim))
-    tiles = _TILES[torch.float32 if dtype == torch.float32 else torch.bfloat16][min(max(width, 64), 256)]
-    if biased and dtype == torch.float32:
+    width = min(max(padded_width(qk_dim), padded_width(v_dim), 64), 256)
+    if dtype == torch.float32:
+        tiles = _FLOAT32[width]
         # Without tensor cores the look-ups cannot be kept in the layout of the products, so nothing is pipelined.
-        return TileSet(*(unpipelined(tile) for tile in (tiles.forward, tiles.dq, tiles.dkdv, tiles.bias)))
-    return tiles
+        return TileSet(*map(unpipelined, (tiles.forward, tiles.dq, tiles.dkdv, tiles.bias))) if biased else tiles
+    if biased:
+        return _BIASED[width]
+    if windowed:
+        return _WINDOWED[width]
+    tiles = _PLAIN[width]
+    least, forward = _LONG.get(width, (longest + 1, tiles.forward))
+    return replace(tiles, forward=forward) if longest >= least else tiles
+
+
+def length_class(longest: int) -> int:
+    """The least length with the tiles of ``longest``: few values, for caches."""
+    return max((least for least, _ in _LONG.values() if least <= longest), default=0)
 
 
 def unpipelined(tile: Tile) -> Tile:
@@ -98,19 +119,24 @@ def float32_precision() -> str:
 
 
 _NARROW_FP32, _FP32 = Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)
-_TILES = {
-    # No tensor core in full float32: accumulators and operands both sit in registers.
-    torch.float32: {
-        64: TileSet(_NARROW_FP32, _NARROW_FP32, _NARROW_FP32, _NARROW_FP32),
-        128: TileSet(_FP32, _FP32, _FP32, _FP32),
-        256: TileSet(_FP32, _FP32, _FP32, _FP32),
-    },
-    torch.bfloat16: {
-        64: TileSet(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 1)),
-        128: TileSet(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 64, 8, 1)),
-        256: TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 1)),
-    },
+# No tensor core in full float32: accumulators and operands both sit in registers.
+_FLOAT32 = {
+    64: TileSet(_NARROW_FP32, _NARROW_FP32, _NARROW_FP32, _NARROW_FP32),
+    128: TileSet(_FP32, _FP32, _FP32, _FP32),
+    256: TileSet(_FP32, _FP32, _FP32, _FP32),
 }
+_SQUARE = Tile(64, 64, 4, 3)
+_WIDEST = TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 1))
+_PLAIN = {
+    64: TileSet(_SQUARE, _SQUARE, _SQUARE, Tile(64, 64, 4, 1)),
+    128: TileSet(_SQUARE, Tile(64, 64, 4, 3, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
+    256: _WIDEST,
+}
+# The forward of batches from that length on.
+_LONG = {64: (2048, Tile(128, 64, 4, 3, 1)), 128: (8192, Tile(128, 64, 8, 3))}
+_WINDOWED = _PLAIN | {128: replace(_PLAIN[128], dq=Tile(64, 64, 4, 2, 2))}
+_TABLES = TileSet(Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 4, 1))
+_BIASED = {64: _TABLES, 128: _TABLES, 256: _WIDEST}
 
 
 def padded_width(width: int) -> int:
