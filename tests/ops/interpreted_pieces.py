@@ -28,10 +28,10 @@ torch.set_num_threads(1)
 
 TILES = TileSet(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 1))
 MASKS = {
-    "prefix": AttentionMask(max_attn_len=8, global_prefix_len=12),
-    "tail": AttentionMask(max_attn_len=8, full_attn_tail_len=14),
+    "prefix": AttentionMask(max_attn_len=5, global_prefix_len=7),
+    "tail": AttentionMask(max_attn_len=5, full_attn_tail_len=8),
     "both-with-context": AttentionMask(
-        max_attn_len=8, global_prefix_len=5, full_attn_tail_len=9, contextual_sees_history=True
+        max_attn_len=5, global_prefix_len=4, full_attn_tail_len=5, contextual_sees_history=True
     ),
 }
 
@@ -43,19 +43,18 @@ def attention(q, k, v, layout, mask, *, alpha, scale, bias):  # type: ignore[no-
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "PIECE_ROWS", 64)
+    monkeypatch.setattr(schedule, "PIECE_ROWS", 32)
 
 
 def inputs_of(name: str, bias: BiasKind = BiasKind.NONE) -> AttentionInputs:
     contextual = 3 if "context" in name else 0
     case = AttentionCase(
         name=name,
-        lengths=(70, 3, 150),
-        num_targets=(2, 0, 7),
+        lengths=(36, 3, 67),
+        num_targets=(0, 0, 3),
         contextual_seq_len=contextual,
         mask=MASKS[name],
         bias=bias,
-        heads=2,
         qk_dim=16,
         v_dim=24,
     )
@@ -67,36 +66,32 @@ def test_pieces_stay_in_the_budget(name: str) -> None:
     inputs = inputs_of(name)
     plan = plan_triton(inputs.layout, inputs.mask, None, inputs.q.shape[0])
     assert plan.pieces("query", 16)[1] + plan.pieces("key", 16)[1] > 0
-    assert_within_budget(attention, inputs, signal=False)
+    # Poisoned: every row is written.
+    with poisoned_empty():
+        assert_within_budget(attention, inputs, signal=False)
 
 
 def test_pieces_with_tables() -> None:
     assert_within_budget(attention, inputs_of("both-with-context", BiasKind.BOTH), signal=False)
 
 
-def test_every_row_is_written() -> None:
-    with poisoned_empty():
-        results = run_attention(attention, inputs_of("both-with-context"))
-    assert all(bool(torch.isfinite(result).all()) for result in results.values())
-
-
 def test_the_launch_bound_is_never_a_number() -> None:
     inputs = inputs_of("tail")
-    wider = replace(inputs, layout=replace(inputs.layout, max_seq_len=10_000))
+    wider = run_attention(attention, replace(inputs, layout=replace(inputs.layout, max_seq_len=10_000)))
     for name, result in run_attention(attention, inputs).items():
-        assert torch.equal(result, run_attention(attention, wider)[name])
+        assert torch.equal(result, wider[name])
 
 
 @pytest.mark.parametrize("name", ["prefix", "tail"])
 def test_neighbours_move_no_border(name: str) -> None:
-    """The same sequence alone and behind others, of which one is longer and cut, too: the same bits."""
-    case = AttentionCase(name=name, lengths=(90,), mask=MASKS[name], bias=BiasKind.NONE, heads=1, qk_dim=16, v_dim=16)
+    """The same sequence alone and behind others, of which one is cut, too: the same bits."""
+    case = AttentionCase(name=name, lengths=(35,), mask=MASKS[name], bias=BiasKind.NONE, qk_dim=16, v_dim=16)
     alone = make_inputs(case, torch.float32)
-    together = make_inputs(replace(case, lengths=(70, 200, 90)), torch.float32)
+    together = make_inputs(replace(case, lengths=(41, 3, 35)), torch.float32)
     for x in ("q", "k", "v", "grad_out"):
         if hasattr(alone, x):
-            getattr(together, x)[270:] = getattr(alone, x)
+            getattr(together, x)[44:] = getattr(alone, x)
     together = replace(together, alpha=alone.alpha, scale=alone.scale)
     expected = run_attention(functools.partial(attention), alone)
     for key, result in run_attention(attention, together).items():
-        assert torch.equal(result[270:], expected[key]), key
+        assert torch.equal(result[44:], expected[key]), key

@@ -75,14 +75,21 @@ def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int)
     return found
 
 
-@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 64)], ids=str)
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+BLOCKS = [(16, 16), (32, 16), (16, 64)]
+
+
+@pytest.mark.parametrize(
+    ("case", "blocks"),
+    [(case, BLOCKS[i % len(BLOCKS)]) for i, case in enumerate(ATTENTION_CASES)],
+    ids=lambda given: str(given).replace(" ", ""),
+)
 def test_named_cases(case: AttentionCase, blocks: tuple[int, int]) -> None:
+    """Each with one of the sizes of blocks; all sizes meet all masks in `test_random_geometry`."""
     check(case.layout(), case.mask, *blocks)
 
 
 @pytest.mark.parametrize("rows", [8, schedule.PIECE_ROWS], ids=lambda rows: f"pieces-of-{rows}")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_random_geometry(rows: int, data: st.DataObject) -> None:
     contextual = data.draw(st.integers(0, 6))
@@ -126,16 +133,16 @@ def test_semi_local_work_grows_with_the_length_alone(mask: AttentionMask) -> Non
             int(plan.key_work(64, 64)[:, -1].sum()),
         )
 
-    for short, long in zip(blocks(4096), blocks(8192), strict=True):
+    for short, long in zip(blocks(1024), blocks(2048), strict=True):
         assert long <= 2.1 * short
 
 
 def test_causal_work_is_mostly_full_blocks() -> None:
-    plan = plan_triton(JaggedLayout.from_lengths(torch.tensor([4096])), AttentionMask(), None, 4096)
+    plan = plan_triton(JaggedLayout.from_lengths(torch.tensor([1024])), AttentionMask(), None, 1024)
     for side, work in (("query", plan.query_work(64, 64)), ("key", plan.key_work(64, 64))):
-        assert int(work[:, -1].sum()) == 65 * 64 // 2
+        assert int(work[:, -1].sum()) == 17 * 16 // 2
         full = [s for line in work.tolist() for _, s in blocks_of(line, 64) if s in FULL_SEGMENTS[side]]
-        assert len(full) == 63 * 64 // 2, "one edge block for each tile: the diagonal"
+        assert len(full) == 15 * 16 // 2, "one edge block for each tile: the diagonal"
 
 
 def tail_of(rows: int) -> AttentionMask:
@@ -143,9 +150,10 @@ def tail_of(rows: int) -> AttentionMask:
 
 
 @pytest.mark.parametrize("mask", [tail_of(200), AttentionMask(max_attn_len=256, global_prefix_len=200)], ids=str)
-def test_long_tiles_are_cut(mask: AttentionMask) -> None:
+def test_long_tiles_are_cut(mask: AttentionMask, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most PIECE_ROWS in one program, with borders that neighbours do not move."""
-    rows = schedule.PIECE_ROWS
+    rows = 1024
+    monkeypatch.setattr(schedule, "PIECE_ROWS", rows)
 
     def pieces(lengths: list[int], of: int) -> list[list[int]]:
         layout = JaggedLayout.from_lengths(torch.tensor(lengths))

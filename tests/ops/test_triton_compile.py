@@ -183,7 +183,8 @@ def test_the_copy_engine_fetches_full_blocks(name: str, capability: int) -> None
 
 @pytest.mark.parametrize("name", ["forward", "dq", "dkdv", "target"])
 def test_hopper_code_fits_into_registers(name: str, tmp_path: Path) -> None:
-    kernel = compiled(name, 90)
+    """As it runs there, with blocks by the copy engine."""
+    kernel = compiled(name, 90, descriptors=True)
     assert kernel.metadata.shared <= 227 * 1024
     assert resources(kernel, tmp_path)["STACK"] <= STACK_BOUND
 

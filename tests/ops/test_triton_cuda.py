@@ -244,8 +244,8 @@ NO_PIECES = {
 BY_LENGTH = [
     *((name, torch.bfloat16, (width, width)) for name in NO_PIECES for width in (64, 128)),
     *(("causal", torch.float16, (width, width)) for width in (64, 128)),
-    ("causal", torch.bfloat16, (96, 40)),
-    ("causal", torch.bfloat16, (16, 16)),
+    ("causal", torch.bfloat16, (16, 128)),
+    ("causal", torch.bfloat16, (32, 16)),
 ]
 
 

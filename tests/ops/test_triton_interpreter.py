@@ -23,7 +23,14 @@ FOLDER = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "file", ["interpreted_schedule.py", "interpreted_triton.py", "interpreted_bias.py", "interpreted_layer.py"]
+    "file",
+    [
+        "interpreted_schedule.py",
+        "interpreted_pieces.py",
+        "interpreted_triton.py",
+        "interpreted_bias.py",
+        "interpreted_layer.py",
+    ],
 )
 def test_kernels_in_the_interpreter(file: str) -> None:
     done = subprocess.run(

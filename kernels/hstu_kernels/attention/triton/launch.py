@@ -17,6 +17,7 @@ from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
 from hstu_kernels.attention.triton.join import hstu_join_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import (
+    LONG_BATCH,
     Tile,
     TileSet,
     float32_precision,
@@ -61,9 +62,8 @@ def triton_attention(
     time_table = None if bias is None else bias.time_table
     if tiles is None:
         biased = pos_table is not None or time_table is not None
-        longest = length_class(plan.layout.max_seq_len)
-        if longest and not same_bits(q.get_device()):
-            longest = 0
+        longest = plan.layout.max_seq_len
+        longest = length_class(longest) if longest >= LONG_BATCH and same_bits(q.get_device()) else 0
         windowed = plan.mask.max_attn_len > 0
         tiles = _tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased, windowed=windowed, longest=longest)
     if not needs_gradient(q, k, v, pos_table, time_table):
@@ -121,7 +121,8 @@ def triton_forward(
         pieces = _Pieces(plan, "query", tile.block_m, q)
         partial = pieces.sums(tile.block_m, v.shape[2])
         call.launch("forward", tile, work, (out, partial), (call.k, call.v), pieces=pieces.count)
-        pieces.join(out, partial, work, scale)
+        if partial is not None:
+            pieces.join(out, partial, work, scale)
     return out
 
 
@@ -157,7 +158,8 @@ def triton_backward(
             partial = pieces.sums(tile.block_m, q.shape[2])
             sums = (pos_sums, time_sums)
             call.launch("dq", tile, work, (grad, dq, partial), (call.k, call.v), sums, entries, pieces.count)
-            pieces.join(dq, partial, work, call.alpha * scale)
+            if partial is not None:
+                pieces.join(dq, partial, work, call.alpha * scale)
     if need_k or need_v:
         dk = torch.empty_like(k, memory_format=torch.contiguous_format)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -165,11 +167,13 @@ def triton_backward(
         if call.rows:
             work = plan.key_work(tile.block_m, tile.block_n)
             pieces = _Pieces(plan, "key", tile.block_n, q)
-            partial, partial_v = (pieces.sums(tile.block_n, width) for width in (k.shape[2], v.shape[2]))
+            partial = pieces.sums(tile.block_n, k.shape[2])
+            partial_v = pieces.sums(tile.block_n, v.shape[2])
             own = (grad, dk, dv, partial, partial_v)
             call.launch("dkdv", tile, work, own, (call.q, grad), pieces=pieces.count)
-            pieces.join(dk, partial, work, call.alpha * scale)
-            pieces.join(dv, partial_v, work, scale)
+            if partial is not None and partial_v is not None:
+                pieces.join(dk, partial, work, call.alpha * scale)
+                pieces.join(dv, partial_v, work, scale)
     if time_sums is not None and call.rows:
         tile = tiles.bias
         work = plan.query_work(tile.block_m, tile.block_n)
@@ -194,10 +198,8 @@ class _Pieces:
         shape = (self.count, self.heads, rows, padded_width(width))
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def join(self, out: Tensor, partial: Tensor | None, work: Tensor, factor: float) -> None:
+    def join(self, out: Tensor, partial: Tensor, work: Tensor, factor: float) -> None:
         """Add ``partial`` up and write ``out``, times ``factor``."""
-        if partial is None:
-            return
         _, _, rows, width = partial.shape
         part = min(rows, _JOINED_ROWS)
         kernel = _joiner(self.heads, self.long, rows, part, out.shape[2], width)

@@ -94,6 +94,8 @@ def tile_set(
         tiles = _FLOAT32[width]
         # Without tensor cores the look-ups cannot be kept in the layout of the products, so nothing is pipelined.
         return TileSet(*map(unpipelined, (tiles.forward, tiles.dq, tiles.dkdv, tiles.bias))) if biased else tiles
+    if (qk_dim, v_dim) != (padded_width(qk_dim), padded_width(v_dim)):
+        return _PADDED[width]
     if biased:
         return _BIASED[width]
     if windowed:
@@ -132,10 +134,19 @@ _PLAIN = {
     128: TileSet(_SQUARE, Tile(64, 64, 4, 3, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
     256: _WIDEST,
 }
+# Blocks come through pointers, which take registers: fewer keys in a tile of dkdv, more warps in dq.
+_FEW_KEYS = Tile(32, 64, 4, 3)
+_PADDED = {
+    64: TileSet(_SQUARE, _SQUARE, _FEW_KEYS, Tile(64, 64, 4, 1)),
+    128: TileSet(_SQUARE, Tile(128, 64, 8, 3), _FEW_KEYS, Tile(128, 64, 8, 1)),
+    256: _WIDEST,
+}
 # The forward of batches from that length on.
 _LONG = {64: (2048, Tile(128, 64, 4, 3, 1)), 128: (8192, Tile(128, 64, 8, 3))}
+# Below it no tile goes by the length.
+LONG_BATCH = min(least for least, _ in _LONG.values())
 _WINDOWED = _PLAIN | {128: replace(_PLAIN[128], dq=Tile(64, 64, 4, 2, 2))}
-_TABLES = TileSet(Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 4, 1))
+_TABLES = TileSet(Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 2), _FEW_KEYS, Tile(64, 64, 4, 1))
 _BIASED = {64: _TABLES, 128: _TABLES, 256: _WIDEST}
 
 
