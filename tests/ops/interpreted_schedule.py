@@ -84,7 +84,7 @@ BLOCKS = [(16, 16), (32, 16), (16, 64)]
     ids=lambda given: str(given).replace(" ", ""),
 )
 def test_named_cases(case: AttentionCase, blocks: tuple[int, int]) -> None:
-    """Each with one of the sizes of blocks; all sizes meet all masks in `test_random_geometry`."""
+    """Each with one of the sizes of blocks; `test_random_geometry` draws sizes and masks freely."""
     check(case.layout(), case.mask, *blocks)
 
 
