@@ -267,14 +267,15 @@ class HSTULayer(nn.Module):
 
     def _activate(self, mixed: Tensor) -> Tensor:
         if self.config.variant is Variant.PRODUCTION:
-            gate, rest = mixed.tensor_split([self.config.num_heads * self.config.linear_dim], dim=-1)
+            gated = self.config.num_heads * self.config.linear_dim
+            gate, rest = torch.split(mixed, [gated, mixed.shape[-1] - gated], dim=-1)
             return torch.cat([F.silu(gate), rest], dim=-1)
         return F.silu(mixed)
 
     def _split(self, activated: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         heads, qk, uv = self.config.num_heads, self.config.attention_dim, self.config.linear_dim
-        ends = [heads * uv, 2 * heads * uv, heads * (2 * uv + qk)]
-        u, v, q, k = activated.tensor_split(ends, dim=-1)
+        # Not `tensor_split`: its backward fills a whole matrix of zeros for each part and adds them up.
+        u, v, q, k = torch.split(activated, [heads * uv, heads * uv, heads * qk, heads * qk], dim=-1)
         return u, v.reshape(-1, heads, uv), q.reshape(-1, heads, qk), k.reshape(-1, heads, qk)
 
     def _gate(self, x: Tensor, u: Tensor, attended: Tensor) -> Tensor:

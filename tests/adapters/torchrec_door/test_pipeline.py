@@ -80,6 +80,37 @@ def test_pipelines_train_as_a_plain_loop(kind: str, pipeline: type) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the pipeline's streams are CUDA's: needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["retrieval", "ranking"])
+def test_the_sparse_pipeline_trains_as_plain_steps_on_a_gpu(kind: str) -> None:
+    make, batch_of, task_of = {
+        "retrieval": (retrieval_model, retrieval_batch, HSTURetrievalTask),
+        "ranking": (ranking_model, ranking_batch, HSTURankingTask),
+    }[kind]
+    device, batches = torch.device("cuda", 0), [batch_of(seed=seed) for seed in range(4)]
+    plain = task_of(make()).to(device)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    wanted = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss, _ = plain(batch.to(device))
+        loss.backward()
+        optimizer.step()
+        wanted.append(loss.item())
+
+    model = make()
+    tables = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("embeddings.")}
+    sharder = EmbeddingCollectionSharder(fused_params=fused_params(OptimOptions(tables="sgd", table_lr=0.1), device))
+    parallel = DistributedModelParallel(task_of(model.to(device)), device=device, sharders=[sharder])
+    copy_tables(parallel, tables)
+    dense = torch.optim.SGD([p for n, p in parallel.named_parameters() if n.startswith("head.")], lr=0.1)
+    steps, feed = TrainPipelineSparseDist(parallel, dense, device), iter(batches)
+    got = [steps.progress(feed)[0].item() for _ in batches]
+    assert got == pytest.approx(wanted, rel=1e-3)
+    assert wanted[0] != pytest.approx(wanted[-1], rel=1e-2)
+
+
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="TorchRec prefetches on CUDA streams: needs an NVIDIA GPU")
 def test_the_prefetching_pipeline_trains_as_the_sparse_one() -> None:
     device, batches = torch.device("cuda", 0), [ranking_batch(seed=seed) for seed in range(4)]
