@@ -25,7 +25,7 @@ FORMAT = 1
 _ENUMS = {"MODEL_TYPE": "ModelType", "MODEL_INPUT_TYPE": "InputType", "eval_type": "EvaluatorType"}
 # Caches on the machine that trained; RecBole unpickles what they name.
 _LOCAL = ("dataset_save_path", "dataloaders_save_path")
-_GPU_BACKENDS = ("triton", "hopper")
+_GPU_BACKENDS = ("triton",)
 # Model names; they become part of a module name.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NEEDED = ("config", "epoch", "state_dict", "optimizer", "cur_step", "best_valid_score")

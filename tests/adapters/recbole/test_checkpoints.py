@@ -178,6 +178,11 @@ class TestStrangers:
         assert again == {key: value for key, value in values.items() if key != "data_path"}
         assert restored["MODEL_TYPE"] == Config("HSTU", "ml-100k")["MODEL_TYPE"]
         assert restore_config({**values, "dataset_save_path": "evil.pkl"})["dataset_save_path"] is None
+        # Where a GPU trained and none is here, the backend is as little binding as the device.
+        there = restore_config({**values, "device": "cuda", "backend": "triton"})
+        expected = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "auto")
+        assert (there["device"].type, there["backend"]) == expected
+        assert restore_config({**values, "backend": "reference"})["backend"] == "reference"
         for bad in ({**values, "topk": object()}, {**values, "model": "../x"}, [1]):
             with pytest.raises(CheckpointError):
                 restore_config(bad)  # type: ignore[arg-type]
