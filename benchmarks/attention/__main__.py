@@ -178,17 +178,21 @@ def _measure_all(
 ) -> None:
     cases = _chosen(groups, pattern, small)
     directions = (FORWARD, BACKWARD) if direction == "both" else (direction,)
-    checked = _check_all(own, others, cases, device, DTYPES[dtype])
-    if set(checked.wrong) & set(own) and not keep_going:
+    checked = _check_all(own, {}, cases, device, DTYPES[dtype])
+    if checked.wrong and not keep_going:
         raise click.ClickException(f"{len(checked.wrong)} wrong, nothing is timed")
-    if not checked.errors:
-        raise click.ClickException("no contender can run any of these cases here")
+    if own and not checked.errors:
+        raise click.ClickException("none of our kernels can run any of these cases here")
     ceilings = measure_ceilings(device, seconds=seconds)
     click.echo(f"ceilings: {ceilings.matmul_tflops:.4g} TFLOP/s bf16, {ceilings.copy_tbs:.4g} TB/s copied")
     about = provenance(device, commit) | {"matmul_tflops": ceilings.matmul_tflops, "copy_tbs": ceilings.copy_tbs}
     contenders = others | own
     rows: list[dict[str, object]] = []
     for case in cases:
+        # Case by case: foreign code that loses the device takes only the cases behind it along.
+        rivals = _check_all({}, others, [case], device, DTYPES[dtype])
+        checked.errors.update(rivals.errors)
+        checked.wrong.extend(rivals.wrong)
         names = [name for name in (*own, *others) if (case.name, name) in checked.errors]
         if not names:
             continue
@@ -207,6 +211,8 @@ def _measure_all(
             rows = []
     if checked.wrong:
         raise click.ClickException(f"{len(checked.wrong)} wrong: {', '.join(dict.fromkeys(checked.wrong))}")
+    if not checked.errors:
+        raise click.ClickException("no contender can run any of these cases here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,10 +244,24 @@ def _check_all(
                     raise
                 lines = str(reason).splitlines() or [""]
                 click.echo(f"  not measured: {name}, {case.name}: {type(reason).__name__}: {lines[0]}")
+                _insist_on_the_device(device, name, case)
             else:
                 checked.errors[case.name, name] = error
                 click.echo(f"  right: {name}, {case.name}: relative error {error:.2e}")
     return checked
+
+
+def _insist_on_the_device(device: torch.device, name: str, case: Case) -> None:
+    """After an illegal access every later call fails, with a message that names the wrong one."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise click.ClickException(
+            f"{name} lost the device at {case.name}; what was recorded before it stays. "
+            f"Measure this case and those behind it without --against {name}"
+        ) from error
 
 
 def _show(row: dict[str, object]) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click import ClickException
 from click.testing import CliRunner, Result
 
 from benchmarks import ledger
 from benchmarks.attention import __main__ as command
 from benchmarks.attention import contenders
+from benchmarks.attention.cases import choose
 from benchmarks.attention.compare import length_slopes, newest
 from benchmarks.attention.measure import COLUMNS
 from benchmarks.attention.report import markdown, write_report
@@ -235,3 +237,14 @@ def test_timing_takes_turns_and_orders_its_quantiles() -> None:
     assert set(calls) == {0, 1}
     assert host_microseconds([lambda: None], torch.device("cpu")) < 1e4
     assert Spread.of([float(i) for i in range(11)]) == Spread(2.0, 5.0, 8.0, 11)
+
+
+def test_a_rival_that_loses_the_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    case = choose(("causal",), None)[0]
+    command._insist_on_the_device(torch.device("cpu"), "meta-triton", case)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(ClickException, match=f"meta-triton lost the device at {case.name}.*without --against"):
+        command._insist_on_the_device(torch.device("cuda"), "meta-triton", case)
