@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hstu_kernels.attention.triton import interpreting
-from hstu_kernels.attention.triton.tiles import KernelShape, Tile, padded_width
+from hstu_kernels.attention.triton.tiles import KernelShape, Tile, float32_precision, padded_width
 from hstu_kernels.triton.launcher import Panel
 
 # Position and time table.
@@ -61,19 +61,27 @@ def same_bits(device: int) -> bool:
     return not interpreting() and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def shape_of(
-    heads: int,
-    qk_dim: int,
-    v_dim: int,
-    dtype: torch.dtype,
-    contextual: int,
-    reach: int,
-    buckets: int,
-    precision: str,
-    tile: Tile,
-    descriptors: bool,
-) -> KernelShape:
-    """The constants of a kernel; names as in `KernelShape`."""
+# Heads, Dqk, Dv, dtype, contextual rows, `KernelShape.reach` and `buckets`, precision of the products.
+Facts = tuple[int, int, int, torch.dtype, int, int, int, str]
+
+
+def facts_of(q: Tensor, v: Tensor, contextual: int, pos_table: Tensor | None, time_table: Tensor | None) -> Facts:
+    """What kernels over ``q [L, H, Dqk]`` and ``v [L, H, Dv]`` are compiled for, whatever their tiles."""
+    return (
+        q.shape[1],
+        q.shape[2],
+        v.shape[2],
+        q.dtype,
+        contextual,
+        -1 if pos_table is None else (pos_table.numel() - 1) // 2,
+        -1 if time_table is None else time_table.numel() - 1,
+        float32_precision() if q.dtype == torch.float32 else "ieee",
+    )
+
+
+def shape_of(facts: Facts, tile: Tile, descriptors: bool) -> KernelShape:
+    """The constants of a kernel."""
+    heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision = facts
     return KernelShape(
         heads=heads,
         qk_dim=qk_dim,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu_kernels.attention.triton.arguments import Tables, addressable, panels, same_bits, shape_of
+from hstu_kernels.attention.triton.arguments import Facts, Tables, addressable, facts_of, panels, same_bits, shape_of
 from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
@@ -20,7 +20,6 @@ from hstu_kernels.attention.triton.tiles import (
     LONG_BATCH,
     Tile,
     TileSet,
-    float32_precision,
     length_class,
     padded_width,
     tile_set,
@@ -221,7 +220,7 @@ class _Call:
         scale: float,
         divided: Tables | None,
     ) -> None:
-        self.rows, self.heads, qk_dim = q.shape
+        self.rows, self.heads, _ = q.shape
         self.tables = _divided(pos_table, time_table, alpha) if divided is None else divided
         self.vanishes = abs(alpha) < _LEAST_ALPHA
         if self.vanishes:
@@ -231,17 +230,7 @@ class _Call:
         self.v, v_row, v_head = addressable(v)
         self.plan, self.alpha = plan, alpha
         self.numbers = (q_row, q_head, k_row, k_head, v_row, v_head, float(alpha), float(scale))
-        self.facts = (
-            self.heads,
-            qk_dim,
-            v.shape[2],
-            q.dtype,
-            plan.mask,
-            plan.layout.contextual_seq_len,
-            -1 if pos_table is None else (pos_table.numel() - 1) // 2,
-            -1 if time_table is None else time_table.numel() - 1,
-            float32_precision() if q.dtype == torch.float32 else "ieee",
-        )
+        self.facts = facts_of(q, v, plan.layout.contextual_seq_len, pos_table, time_table)
 
     def launch(
         self,
@@ -267,7 +256,7 @@ class _Call:
         of_keys = role == "dkdv"
         side, block = ("query", tile.block_m) if of_keys else ("key", tile.block_n)
         described: Sequence[Argument] | None = panels(streamed, block) if streamed else ()
-        kernel = _variant(role, *self.facts, tile, bool(described), entries)
+        kernel = _variant(role, self.facts, plan.mask, tile, bool(described), entries)
         if described is None:
             described = (None,) * len(streamed)
         kernel(
@@ -292,22 +281,8 @@ class _Call:
 
 
 @functools.lru_cache(maxsize=512)
-def _variant(
-    role: str,
-    heads: int,
-    qk_dim: int,
-    v_dim: int,
-    dtype: torch.dtype,
-    mask: AttentionMask,
-    contextual: int,
-    reach: int,
-    buckets: int,
-    precision: str,
-    tile: Tile,
-    descriptors: bool,
-    entries: int,
-) -> Variant:
-    shape = shape_of(heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, tile, descriptors)
+def _variant(role: str, facts: Facts, mask: AttentionMask, tile: Tile, descriptors: bool, entries: int) -> Variant:
+    shape = shape_of(facts, tile, descriptors)
     constants: dict[str, Any] = {"SHAPE": shape, "MASK": mask}
     if role in ("dq", "bias"):
         constants["ENTRIES"] = entries

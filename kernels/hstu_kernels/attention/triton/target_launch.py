@@ -7,10 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
-from hstu_kernels.attention.triton.arguments import Tables, addressable, panels, shape_of
+from hstu_kernels.attention.triton.arguments import Facts, Tables, addressable, facts_of, panels, shape_of
 from hstu_kernels.attention.triton.schedule import device_boundaries
 from hstu_kernels.attention.triton.target import hstu_target_bias_kernel, hstu_target_kernel, hstu_target_sum_kernel
-from hstu_kernels.attention.triton.tiles import Tile, float32_precision, tile_set
+from hstu_kernels.attention.triton.tiles import Tile, tile_set
 from hstu_kernels.bias import RelativeBias
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
@@ -62,31 +62,20 @@ def triton_target_attention(
         inputs.append(x)
         strides += (row, head)
     described = panels((inputs[3], inputs[4]), tile.block_n)
-    facts = (
-        heads,
-        qk_dim,
-        v.shape[2],
-        q.dtype,
-        cache.layout.contextual_seq_len,
-        -1 if pos_table is None else (pos_table.numel() - 1) // 2,
-        -1 if time_table is None else time_table.numel() - 1,
-        float32_precision() if q.dtype == torch.float32 else "ieee",
-        tile,
-        described is not None,
-    )
+    facts = facts_of(q, v, cache.layout.contextual_seq_len, pos_table, time_table)
     batch, cached = layout.batch_size, cache.k.shape[0]
     offsets = (layout.seq_offsets, cache.layout.seq_offsets)
     bias_arrays = (*_in_float32(pos_table, time_table), bounds, row_times, key_times)
     rab = None
     if biased:
         rab = torch.empty(cached, dtype=torch.float32, device=q.device)
-        _variant("bias", None, split_rows, *facts)(
+        _variant("bias", None, split_rows, facts, tile, described is not None)(
             cached // _BIAS_BLOCK + batch, (rab, *bias_arrays, *offsets), (batch,)
         )
     splits = max(1, -(-min(cache.layout.max_seq_len, cached) // split_rows))
     sums = None if splits == 1 else torch.empty(splits, *v.shape, dtype=torch.float32, device=v.device)
     slots = rows // tile.block_m + batch
-    _variant("target", mask, split_rows, *facts)(
+    _variant("target", mask, split_rows, facts, tile, described is not None)(
         splits * slots * heads,
         (*inputs, out, sums, *(described or (None, None)), rab, *bias_arrays, *offsets),
         (batch, slots, rows, *strides, float(alpha), float(scale)),
@@ -100,21 +89,9 @@ def triton_target_attention(
 
 @functools.lru_cache(maxsize=512)
 def _variant(
-    role: str,
-    mask: AttentionMask | None,
-    split_rows: int,
-    heads: int,
-    qk_dim: int,
-    v_dim: int,
-    dtype: torch.dtype,
-    contextual: int,
-    reach: int,
-    buckets: int,
-    precision: str,
-    tile: Tile,
-    descriptors: bool,
+    role: str, mask: AttentionMask | None, split_rows: int, facts: Facts, tile: Tile, descriptors: bool
 ) -> Variant:
-    shape = shape_of(heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, tile, descriptors)
+    shape = shape_of(facts, tile, descriptors)
     if role == "bias":
         return Variant(hstu_target_bias_kernel, SHAPE=shape, BLOCK=_BIAS_BLOCK, num_warps=4)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
