@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from hstu_kernels.attention.passes import AttentionPasses
 from hstu_kernels.backend import Backend
@@ -47,12 +46,11 @@ class _Layer(torch.autograd.Function):
         assert uvqk is not None and output is not None
         with without_autocast(x.device.type):
             normed, mean, rstd = steps.norm(spec, x, norm_weight, norm_bias)
-            mixed = F.linear(normed, uvqk, uvqk_bias)
-            activated = steps.silu(spec, mixed)
+            mixed, activated = steps.project(spec, normed, uvqk, uvqk_bias, keep_mixed=options.store_uvqk)
             u, q, k, v = steps.parts(activated, options)
             attended = spec.attention.forward(q, k, v, *tables)
             gated, gate_mean, gate_rstd = steps.gate(spec, attended, u, gate_weight, gate_bias, seed)
-            out = x + F.linear(gated, output, output_bias)
+            out = steps.output(spec, x, gated, output, output_bias)
         # A norm without parameters has a gradient in terms of its output, so that x itself may go.
         plain = norm_weight is None and norm_bias is None
         ctx.save_for_backward(
@@ -60,7 +58,7 @@ class _Layer(torch.autograd.Function):
             normed if plain or options.store_normed else None,
             None if plain else mean,
             rstd,
-            mixed if options.store_uvqk else None,
+            mixed,
             activated if options.store_uvqk else None,
             attended,
             gated if options.store_gated else None,
@@ -92,16 +90,14 @@ class _Layer(torch.autograd.Function):
             if normed is None:
                 normed = steps.norm(spec, x, norm_weight, norm_bias)[0]
             if activated is None:
-                mixed = F.linear(normed, uvqk, uvqk_bias)
-                activated = steps.silu(spec, mixed)
+                mixed, activated = steps.project(spec, normed, uvqk, uvqk_bias, keep_mixed=True)
             u, q, k, v = steps.parts(activated, options)
             if gated is None:
                 gated = steps.gate(spec, attended, u, gate_weight, gate_bias, seed)[0]
-            narrow = grad.to(spec.dtype)
+            narrow, doutput_bias = steps.narrow(spec, grad, summed=need_output_bias)
             doutput = narrow.t() @ gated if need_output else None
             del gated
             dgated = narrow @ output
-            doutput_bias = steps.column_sums(narrow) if need_output_bias else None
             del narrow
             # One matrix for all four gradients: each step writes its columns, and the product reads it as it stands.
             dmixed = torch.empty_like(activated)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hstu_kernels.backend import Backend
 from hstu_kernels.gated_norm import reference as gate_reference
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from hstu_kernels.layer.passes import Spec
 
 Statistics = tuple[Tensor, Tensor, Tensor]
+
+# Whether SiLU, and the sum with the layer's input, are taken where the product's sums leave the chip.
+SILU_WITH_PRODUCT = True
+SUM_WITH_PRODUCT = True
 
 
 def parts(wide: Tensor, options: LayerOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,9 +93,38 @@ def gate_backward(
     return found[0].view(attended.shape), found[2], found[3]
 
 
-def silu(spec: Spec, mixed: Tensor) -> Tensor:
-    """SiLU of the activated columns."""
-    return run_silu(spec.backend, mixed, spec.options.activated)
+def project(
+    spec: Spec, normed: Tensor, weight: Tensor, bias: Tensor | None, *, keep_mixed: bool
+) -> tuple[Tensor | None, Tensor]:
+    """``normed @ weight.T + bias``, given back where it is kept, and SiLU of its activated columns."""
+    activated = spec.options.activated
+    if spec.backend is Backend.TRITON and SILU_WITH_PRODUCT:
+        from hstu_kernels.projection.triton import product_launch
+
+        if product_launch.serves(normed, weight):
+            return product_launch.linear_silu(normed, weight, bias, activated, keep_mixed=keep_mixed)
+    mixed = F.linear(normed, weight, bias)
+    return mixed if keep_mixed else None, run_silu(spec.backend, mixed, activated)
+
+
+def output(spec: Spec, x: Tensor, gated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x + gated @ weight.T + bias``."""
+    if spec.backend is Backend.TRITON and SUM_WITH_PRODUCT:
+        from hstu_kernels.projection.triton import product_launch
+
+        if product_launch.serves(gated, weight):
+            return product_launch.linear_sum(x, gated, weight, bias)
+    return x + F.linear(gated, weight, bias)
+
+
+def narrow(spec: Spec, grad: Tensor, *, summed: bool) -> tuple[Tensor, Tensor | None]:
+    """``grad`` in the precision of the products, and its column sums where they are asked for."""
+    if spec.backend is Backend.TRITON and summed and grad.dtype != torch.float64:
+        from hstu_kernels.layer.triton import launch
+
+        return launch.narrow(grad, spec.dtype)
+    rounded = grad.to(spec.dtype)
+    return rounded, column_sums(rounded) if summed else None
 
 
 def silu_backward(spec: Spec, grad: Tensor, mixed: Tensor) -> Tensor:
