@@ -27,7 +27,7 @@ class ProductTile:
 
 
 # Of the projection with SiLU, and of the output with the sum.
-SILU_TILE = ProductTile(128, 256, 64, 8, 3)
+SILU_TILE = ProductTile(128, 128, 64, 8, 3)
 SUM_TILE = ProductTile(128, 128, 64, 8, 3)
 
 
