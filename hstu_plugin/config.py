@@ -40,7 +40,8 @@ class Recompute(StrEnum):
 
     ``INPUT_NORM``: the normed input of the projection. ``UVQK``: the projection's output before and after SiLU, with
     U, V, Q and K, which are parts of it. ``GATED_OUTPUT``: normed attention, gate, dropout and the input of ``W_o``.
-    The layer's input and the attention's output stay stored: attention itself never runs again.
+    The layer's input and the attention's output stay stored: attention itself never runs again. In Triton kernels a
+    norm without parameters stores its rows in place of the layer's input, so that ``INPUT_NORM`` has nothing to save.
     """
 
     INPUT_NORM = "input_norm"
@@ -128,7 +129,8 @@ class HSTUConfig:
         truncate_after_layers: ``N1``, the layers that see the whole sequence; those behind them see the contextual
             rows, the latest ``truncate_to`` history rows and the targets (attention truncation of ULTRA-HSTU). 0: none.
         truncate_to: ``L'``, history rows (contextual ones not counted) that go on; 0 without truncation.
-        recompute: what a layer rebuilds in the backward to save memory; names of `Recompute`.
+        recompute: what a layer rebuilds in the backward to save memory; names of `Recompute`. ``None``: ``UVQK`` where
+            the layer runs in Triton kernels, for which it is most of the memory and little of the time; else nothing.
         norm_eps: of the layer norms.
         backend: of the operators.
     """
@@ -151,7 +153,7 @@ class HSTUConfig:
     mask: AttentionMask = field(default_factory=AttentionMask)
     truncate_after_layers: int = 0
     truncate_to: int = 0
-    recompute: tuple[Recompute, ...] = ()
+    recompute: tuple[Recompute, ...] | None = None
     norm_eps: float = 1e-6
     backend: Backend = Backend.AUTO
 
@@ -186,10 +188,11 @@ class HSTUConfig:
             _expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         _expect(isinstance(self.mask, AttentionMask), "mask", "an AttentionMask", self.mask)
         self._check_truncation()
-        names = self.recompute
-        _expect(isinstance(names, list | tuple), "recompute", f"a list of {', '.join(Recompute)}", names)
-        chosen = {_enum(Recompute, "recompute", name) for name in names}
-        _set(self, "recompute", tuple(name for name in Recompute if name in chosen))
+        if self.recompute is not None:
+            names = self.recompute
+            _expect(isinstance(names, list | tuple), "recompute", f"a list of {', '.join(Recompute)}", names)
+            chosen = {_enum(Recompute, "recompute", name) for name in names}
+            _set(self, "recompute", tuple(name for name in Recompute if name in chosen))
 
     def _check_truncation(self) -> None:
         for name in ("truncate_after_layers", "truncate_to"):

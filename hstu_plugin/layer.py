@@ -23,6 +23,7 @@ from hstu_kernels import (
 from hstu_kernels.attention.static import static_target_attention
 from hstu_kernels.dropout import dropout
 from hstu_kernels.gated_norm.api import resolved_backend
+from hstu_kernels.layer import LayerOptions, LayerWeights, hstu_layer
 from hstu_plugin.config import HSTUConfig, Recompute, Variant
 from hstu_plugin.recompute import Autocast, Rebuilder, rerun, unchanged
 
@@ -78,15 +79,18 @@ class HSTULayer(nn.Module):
     ) -> Tensor:
         """``[L, D] -> [L, D]`` over ``[contextual | history | targets]``; times are ``[L]`` int64 seconds."""
         bias = self.bias(timestamps, row_timestamps)
-        # A compiler decides by itself what to store, and cannot trace the hooks.
-        if not self.config.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # A compiler decides by itself what to store, and cannot trace what follows.
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if recorded and self._fused(x):
+            return self._whole(x, layout, bias, plan)
+        if not recorded or not self.config.recompute:
             u, v, q, k = self._project(x)
             return self._gate(x, u, self._attend(q, k, v, layout, bias, plan))
         rebuilder = Rebuilder()
         with rebuilder.watching():
             u, v, q, k = self._project_and_drop(x, rebuilder)
             attended = self._attend(q, k, v, layout, bias, plan)
-            if Recompute.GATED_OUTPUT not in self.config.recompute or self._fused(x):
+            if Recompute.GATED_OUTPUT not in self.config.recompute:
                 return self._gate(x, u, attended)
             norm, output = self.output_norm, self.output
             weights = (norm.weight, norm.bias, output.weight, output.bias)
@@ -177,6 +181,32 @@ class HSTULayer(nn.Module):
         u, v, q, k = self._project(x)
         return self._gate(x, u, attend(q, k, v))
 
+    def _whole(self, x: Tensor, layout: JaggedLayout, bias: RelativeBias | None, plan: AttentionPlan | None) -> Tensor:
+        """`forward` as one operation of autograd."""
+        config, recompute = self.config, self.config.recompute
+        # Kernels rebuild the projection in a small part of the time that a step takes; it is most of what is stored.
+        recompute = (Recompute.UVQK,) if recompute is None else recompute
+        production = config.variant is Variant.PRODUCTION
+        options = LayerOptions(
+            heads=config.num_heads,
+            attention_dim=config.attention_dim,
+            linear_dim=config.linear_dim,
+            mask=config.mask,
+            alpha=config.alpha,
+            scale=config.attn_scale,
+            eps=config.norm_eps,
+            activated=config.num_heads * config.linear_dim if production else self.uvqk.out_features,
+            concat=production,
+            dropout=config.dropout if self.training else 0.0,
+            store_normed=Recompute.INPUT_NORM not in recompute,
+            store_uvqk=Recompute.UVQK not in recompute,
+            store_gated=Recompute.GATED_OUTPUT not in recompute,
+        )
+        before, behind, uvqk, output = self.input_norm, self.output_norm, self.uvqk, self.output
+        norms = (behind.weight, behind.bias)
+        weights = LayerWeights(before.weight, before.bias, uvqk.weight, uvqk.bias, *norms, output.weight, output.bias)
+        return hstu_layer(x, weights, options, layout, bias=bias, plan=plan, backend=config.backend)
+
     def _attend(
         self,
         q: Tensor,
@@ -221,26 +251,13 @@ class HSTULayer(nn.Module):
             self.uvqk.bias,
             eps=config.norm_eps,
             activated=config.num_heads * config.linear_dim if production else self.uvqk.out_features,
-            store_normed=Recompute.INPUT_NORM not in config.recompute,
-            store_mixed=Recompute.UVQK not in config.recompute,
             backend=config.backend,
         )
 
     def _project_and_drop(self, x: Tensor, rebuilder: Rebuilder) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `_project`, with recipes for what the config does not want stored."""
-        autocast, chosen = Autocast.current(x.device.type), self.config.recompute
+        autocast, chosen = Autocast.current(x.device.type), self.config.recompute or ()
         source = unchanged(x)
-        if self._fused(x):
-            # The kernels keep neither the normed rows nor the product; left are U, V, Q and K for what follows.
-            activated = self._fused_projection(x)
-            if Recompute.UVQK in chosen:
-
-                def activated_again() -> Tensor:
-                    with autocast.again():
-                        return self._fused_projection(source())
-
-                rebuilder.drop(activated, activated_again)
-            return self._split(activated)
         normed = autocast.cast(self.input_norm(x))
 
         def normed_again() -> Tensor:
@@ -304,7 +321,6 @@ class HSTULayer(nn.Module):
                 eps=self.config.norm_eps,
                 dropout=self.config.dropout if self.training else 0.0,
                 concat=self.config.variant is Variant.PRODUCTION,
-                store_gated=Recompute.GATED_OUTPUT not in self.config.recompute,
                 backend=self.config.backend,
             )
         norm = self.output_norm

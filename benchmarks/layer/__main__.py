@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.layer.columns import COLUMNS
+from benchmarks.layer.memory import Choice, backward, choices, step_of, stored_tensors
 from benchmarks.layer.models import (
     CONTENDERS,
     Batch,
@@ -27,7 +29,6 @@ from benchmarks.layer.models import (
 )
 from benchmarks.ledger import RESULTS, LedgerError, append, read
 from benchmarks.machine import measure_ceilings, provenance
-from benchmarks.timing import peak_mebibytes, time_calls
 from hstu_kernels import UnsupportedBackend
 from hstu_kernels.gated_norm.api import resolved_backend
 from hstu_plugin.config import Variant
@@ -103,6 +104,38 @@ def run(
 
 
 @main.command()
+@click.option("--case", "chosen", type=click.Choice(["full", "jagged"]), default="jagged", show_default=True)
+@click.option("--layers", default=8, show_default=True)
+@click.option("--variant", type=click.Choice(list(Variant)), default=Variant.ULTRA, show_default=True)
+@click.option("--device", default=None, help="Default: cuda where there is one, else cpu.")
+@click.option("--seconds", default=0.3, show_default=True, help="Aim for each measurement.")
+@click.option("--tiny", is_flag=True, help="A few rows, to try the command.")
+@click.option("--tensors/--no-tensors", default=True, show_default=True, help="List what one layer stores.")
+def memory(
+    chosen: str, layers: int, variant: str, device: str | None, seconds: float, tiny: bool, tensors: bool
+) -> None:
+    """Peak and time of a step for each choice of what is rebuilt, eager first; and each stored tensor of one layer."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    case = next(case for case in cases(layers=layers, variant=variant, tiny=tiny) if case.name == chosen)
+    batch = make_batch(case, place)
+    unit = batch.x.numel() * 2
+    click.echo(f"u: one matrix {list(batch.x.shape)} in bfloat16, {unit / 2**20:.4g} MiB")
+    for choice in (Choice("eager", ()), *choices("triton")):
+        try:
+            resolved_backend(batch.x, choice.backend)
+        except UnsupportedBackend as reason:
+            click.echo(f"{choice.backend} not measured: {str(reason).splitlines()[0]}")
+            break
+        peak, spread = step_of(choice.model(case).to(place).train(), batch, seconds)
+        peaks = "" if peak is None else f"peak {peak:8.1f} MiB {peak * 2**20 / unit:6.2f} u"
+        click.echo(f"{choice.name:40} {spread.p50:9.3f} ms {peaks}")
+        if tensors:
+            single = replace(case, config=replace(case.config, num_layers=1))
+            for kind in stored_tensors(choice.model(single).to(place).train(), batch):
+                click.echo(f"    {kind.count} x {list(kind.shape)} {kind.dtype}: {kind.nbytes / unit:.3f} u")
+
+
+@main.command()
 @click.option("--input", "source", type=_PATH, default=LEDGER, show_default=True)
 @click.option("--output", type=_PATH, default=RESULTS / "layer.md", show_default=True)
 def report(source: Path, output: Path) -> None:
@@ -155,19 +188,7 @@ def _describe(case: Case) -> dict[str, object]:
 
 
 def _measure(name: str, case: Case, batch: Batch, seconds: float) -> dict[str, object]:
-    device = batch.x.device
-    model = CONTENDERS[name](case).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        _backward(model, batch, autocast=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    # Moments exist from the first step on.
-    step()
-    peak = peak_mebibytes(step, device)
-    spread = time_calls([step], device, seconds=seconds)
+    peak, spread = step_of(CONTENDERS[name](case).to(batch.x.device).train(), batch, seconds)
     gflop = training_flops(case) / 1e9
     times = {"p20_ms": spread.p20, "p50_ms": spread.p50, "p80_ms": spread.p80, "samples": spread.samples}
     return times | {"gflop": gflop, "tflops": gflop / spread.p50, "peak_mib": peak}
@@ -182,7 +203,7 @@ def _check(name: str, case: Case, batch: Batch) -> float:
     def gradients(make: Callable[[Case], nn.Module], *, autocast: bool) -> Tensor:
         torch.manual_seed(0)
         model = make(case).to(batch.x.device).eval()
-        _backward(model, batch, autocast=autocast)
+        backward(model, batch, autocast=autocast)
         found = [p.grad for p in model.parameters() if p.grad is not None]
         return torch.cat([grad.detach().double().flatten() for grad in found])
 
@@ -196,12 +217,6 @@ def _check(name: str, case: Case, batch: Batch) -> float:
     if not found <= allowed:
         raise Wrong(f"{name}, {case.name}: gradients are off by {found:.3g} of their norm, allowed {allowed:.3g}")
     return found
-
-
-def _backward(model: nn.Module, batch: Batch, *, autocast: bool) -> None:
-    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=autocast):
-        out = model(batch)
-    out.float().backward(batch.grad)
 
 
 if __name__ == "__main__":

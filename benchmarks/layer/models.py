@@ -158,6 +158,7 @@ def compiled(case: Case, backend: str) -> nn.Module:
 
 CONTENDERS: dict[str, Callable[[Case], nn.Module]] = {
     "triton": lambda case: Ours(case, "triton"),
+    "triton-stored": lambda case: Ours(replace(case, config=replace(case.config, recompute=())), "triton"),
     "triton-compiled": lambda case: compiled(case, "triton"),
     "eager": lambda case: Ours(case, "eager"),
     "eager-compiled": lambda case: compiled(case, "eager"),

@@ -11,6 +11,7 @@ from hstu_kernels.backend import Backend, UnsupportedBackend, resolve_backend
 from hstu_kernels.bias import RelativeBias, next_event_timestamps
 from hstu_kernels.counts import visible_pairs
 from hstu_kernels.gated_norm import gated_linear, gated_norm
+from hstu_kernels.layer import LayerOptions, LayerWeights, hstu_layer
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask, KeyRange
 from hstu_kernels.projection import norm_linear_silu
@@ -22,12 +23,15 @@ __all__ = [
     "JaggedLayout",
     "KeyRange",
     "LayerKV",
+    "LayerOptions",
+    "LayerWeights",
     "RelativeBias",
     "UnsupportedBackend",
     "gated_linear",
     "gated_norm",
     "hstu_attention",
     "hstu_extend_attention",
+    "hstu_layer",
     "hstu_target_attention",
     "next_event_timestamps",
     "norm_linear_silu",

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 CHIPS = pytest.mark.parametrize("capability", [80, 90, 100], ids=str)
-WIDE = ("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "weight_ptr", "bias_ptr")
+WIDE = ("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr", "weight_ptr", "bias_ptr", "residual_ptr", "sums_ptr")
 SCALARS = {"eps": "fp32", "inverse": "fp32", "threshold": "i64"}
 
 
@@ -28,7 +28,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def compiled(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4) -> Any:
+def compiled(kernel: Any, capability: int, constants: dict[str, Any], warps: int = 4, stages: int = 3) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -38,6 +38,9 @@ def compiled(kernel: Any, capability: int, constants: dict[str, Any], warps: int
             signature[argument] = "constexpr"
         elif argument == "seed_ptr":
             signature[argument] = "*i64"
+        elif argument.endswith("_desc"):
+            own = constants["BLOCK_M" if argument == "a_desc" else "BLOCK_N"]
+            signature[argument] = f"tensordesc<bf16[{own}, {constants['BLOCK_K']}]>"
         elif argument.endswith("_ptr"):
             signature[argument] = "*fp32" if argument in WIDE else "*bf16"
         else:
@@ -50,7 +53,7 @@ def compiled(kernel: Any, capability: int, constants: dict[str, Any], warps: int
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps},
+        options={"num_warps": warps, "num_stages": stages},
     )
 
 
@@ -66,7 +69,9 @@ def test_rows_are_read_in_wide_pieces(gated: bool, width: int, capability: int) 
     for kernel in (gate_fwd_kernel, gate_bwd_kernel):
         missing = {name: value for name, value in absent.items() if name in kernel.arg_names}
         if not gated and "du_ptr" in kernel.arg_names:
-            missing["du_ptr"] = None
+            # The form of a layer's first norm: rows that are normed already, and a gradient to add.
+            missing |= {"du_ptr": None, "mean_ptr": None, "weight_ptr": None, "bias_ptr": None}
+            missing |= {"dweight_ptr": None, "dbias_ptr": None}
         code = compiled(kernel, capability, shape | missing, warps)
         assert code.metadata.shared <= 99 * 1024
         if width % 8 == 0:
@@ -83,3 +88,36 @@ def test_silu_moves_sixteen_bytes_at_a_time(activated: int, capability: int) -> 
         code = compiled(kernel, capability, {"COLUMNS": 2048, "ACTIVATED": activated, "BLOCK": BLOCK}).asm["ptx"]
         assert "ld.global.v4.b32" in code
         assert "st.global.v4.b32" in code
+
+
+@pytest.mark.parametrize("capability", [90, 100], ids=str)
+@pytest.mark.parametrize("form", ["silu", "silu kept", "sum"])
+def test_products_come_by_the_copy_engine_and_fit(form: str, capability: int) -> None:
+    from hstu_kernels.projection.triton.product import product_kernel
+    from hstu_kernels.projection.triton.product_launch import SILU_TILE, SUM_TILE
+
+    tile, columns, activated = (SUM_TILE, 512, 0) if form == "sum" else (SILU_TILE, 2048, 2048)
+    shape = {"COLUMNS": columns, "DEPTH": 512, "ACTIVATED": activated}
+    shape |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
+    absent: dict[str, Any] = {
+        "silu": ("before_ptr", "residual_ptr"),
+        "silu kept": ("residual_ptr",),
+        "sum": ("before_ptr",),
+    }
+    constants = shape | dict.fromkeys(absent[form])
+    code = compiled(product_kernel, capability, constants, tile.warps, tile.stages)
+    assert code.metadata.shared <= 227 * 1024
+    assert "cp.async.bulk.tensor" in code.asm["ptx"]
+    assert ("wgmma" if capability == 90 else "tcgen05") in code.asm["ptx"]
+    assert "st.global.v4" in code.asm["ptx"]
+
+
+@CHIPS
+def test_narrowing_moves_sixteen_bytes_at_a_time(capability: int) -> None:
+    from hstu_kernels.gated_norm.triton.launch import tile
+    from hstu_kernels.layer.triton.kernels import narrow_kernel
+
+    block_r, block_w, warps = tile(512)
+    shape = {"WIDTH": 512, "BLOCK_R": block_r, "BLOCK_W": block_w}
+    code = compiled(narrow_kernel, capability, shape, warps).asm["ptx"]
+    assert "ld.global.v4.b32" in code

@@ -30,6 +30,7 @@ FOLDER = Path(__file__).parent
         "interpreted_triton.py",
         "interpreted_bias.py",
         "interpreted_layer.py",
+        "interpreted_layer_operator.py",
     ],
 )
 def test_kernels_in_the_interpreter(file: str) -> None:

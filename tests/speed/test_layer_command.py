@@ -73,7 +73,7 @@ def test_the_softmax_layers_have_the_same_linear_weights(
     softmax = CONTENDERS[name](case)
     assert count(softmax) == count(CONTENDERS["eager"](case))
     batch = command.make_batch(case, torch.device("cpu"))
-    command._backward(softmax, batch, autocast=True)
+    command.backward(softmax, batch, autocast=True)
     assert all(p.grad is not None for p in softmax.parameters())
     # Padded or jagged, what is computed is softmax attention of each sequence by itself.
     assert 0 < command._check(name, case, batch) < 0.05
@@ -110,3 +110,14 @@ def test_a_rival_that_fails_is_left_out_and_ours_is_not(tmp_path: Path, monkeypa
     monkeypatch.setitem(CONTENDERS, "eager-compiled", broken)
     failed = CliRunner().invoke(command.main, [*TINY, "--contender", "eager-compiled", "--dry-run"])
     assert isinstance(failed.exception, RuntimeError)
+
+
+def test_memory_lists_what_each_choice_stores() -> None:
+    done = CliRunner().invoke(
+        command.main, ["memory", "--tiny", "--device", "cpu", "--layers", "1", "--seconds", "0.001"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "eager: nothing" in done.output
+    assert "triton not measured" in done.output
+    assert "x [" in done.output
+    assert " bfloat16: " in done.output

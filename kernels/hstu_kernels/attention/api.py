@@ -118,16 +118,11 @@ def hstu_attention(
     _check_qkv(q, k, v)
     resolved = _resolve(backend, q.device, q.dtype, q.shape[2], v.shape[2])
     if torch.compiler.is_compiling():
-        _check_bias(bias, q)
+        if bias is not None:
+            _check_bias(bias, q)
         return operator_attention(q, k, v, layout, mask, alpha=alpha, scale=scale, bias=bias, backend=resolved)
-    if plan is None:
-        plan = _plan("q", layout, mask, bias, q.shape[0], resolved)
-    else:
-        _check_plan(plan, layout, mask, bias, q.shape[0], resolved)
-    _check_bias(bias, q)
+    plan = _fitting(plan, layout, mask, bias, q, resolved)
     if isinstance(plan.state, TritonPlan):
-        if layout.device != q.device:
-            raise TypeError(f"layout: expected tensors on {q.device} as q, got {layout.device}")
         # Here, so that everything else runs where Triton is not installed.
         from hstu_kernels.attention.triton.launch import triton_attention
 
@@ -135,6 +130,44 @@ def hstu_attention(
     if plan.state is not None:
         return eager_attention(q, k, v, plan.state, alpha=alpha, scale=scale, bias=bias)
     return reference_attention(q, k, v, layout, mask, alpha=alpha, scale=scale, bias=bias)
+
+
+def prepare(
+    layout: JaggedLayout,
+    mask: AttentionMask,
+    bias: RelativeBias | None,
+    plan: AttentionPlan | None,
+    *,
+    backend: Backend | str,
+    like: Tensor,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+) -> AttentionPlan:
+    """The checks of `hstu_attention` ahead of its q, k and v, and its plan.
+
+    Args:
+        like: ``[L, ...]`` on the device of q. dtype: of q, k and v. widths: ``Dqk`` and ``Dv``.
+    """
+    return _fitting(plan, layout, mask, bias, like, _resolve(backend, like.device, dtype, *widths))
+
+
+def _fitting(
+    plan: AttentionPlan | None,
+    layout: JaggedLayout,
+    mask: AttentionMask,
+    bias: RelativeBias | None,
+    q: Tensor,
+    resolved: Backend,
+) -> AttentionPlan:
+    if plan is None:
+        plan = _plan("q", layout, mask, bias, q.shape[0], resolved)
+    else:
+        _check_plan(plan, layout, mask, bias, q.shape[0], resolved)
+    if bias is not None:
+        _check_bias(bias, q)
+    if isinstance(plan.state, TritonPlan) and layout.device != q.device:
+        raise TypeError(f"layout: expected tensors on {q.device} as q, got {layout.device}")
+    return plan
 
 
 def hstu_target_attention(
@@ -186,7 +219,8 @@ def hstu_target_attention(
             f"cache: expected heads and widths {tuple(k.shape[1:])} and {tuple(v.shape[1:])}, "
             f"got {tuple(cache.k.shape[1:])} and {tuple(cache.v.shape[1:])}"
         )
-    _check_bias(bias, q)
+    if bias is not None:
+        _check_bias(bias, q)
     if bias is not None and bias.time_table is not None:
         if bias.row_timestamps is None or bias.row_timestamps.numel() != q.shape[0]:
             raise ValueError(f"bias.row_timestamps: expected the request time of each of {q.shape[0]} targets")
@@ -308,9 +342,7 @@ def _refuse_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v: expected {q.shape[0]} rows and {q.shape[1]} heads as q, got {tuple(v.shape)}")
 
 
-def _check_bias(bias: RelativeBias | None, q: Tensor) -> None:
-    if bias is None:
-        return
+def _check_bias(bias: RelativeBias, q: Tensor) -> None:
     for name, tensor in (
         ("pos_table", bias.pos_table),
         ("time_table", bias.time_table),

@@ -48,33 +48,46 @@ def gate_backward(
     u: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     *,
     dropout: float,
     concat: bool,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    du: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of ``a``, ``u``, ``weight`` and ``bias``, each in its dtype."""
+    """Gradients of ``a``, ``u``, ``weight`` and ``bias``, each in its dtype.
+
+    Args:
+        mean: ``None`` where the rows of ``a`` are normed already, without ``weight`` and ``bias``.
+        residual: ``[L, W]``, added to the gradient of ``a``. dtype: of that gradient.
+        du: where the gradient of ``u`` goes: ``[L, W]``, which may be columns of a wider matrix.
+    """
     wide = _wide(a)
-    normed = (wide - mean[:, None]) * rstd[:, None]
+    normed = wide if mean is None else (wide - mean[:, None]) * rstd[:, None]
     h = _affine(normed, weight, bias)
     direct: Tensor | float = 0.0
-    du = None
+    of_u = None
     dh = grad.to(wide.dtype)
     if u is not None:
         parts = _dropped(torch.split(dh, a.shape[1], 1), seed, dropout)
         of_gated = parts[-1]
-        du = of_gated * h
+        of_u = of_gated * h
         if concat:
-            du, direct = du + parts[0], parts[1]
+            of_u, direct = of_u + parts[0], parts[1]
         dh = of_gated * u
     dn = dh if weight is None else dh * weight
     slope = (dn * normed).mean(1, keepdim=True)
     da = rstd[:, None] * (dn - dn.mean(1, keepdim=True) - normed * slope) + direct
     dweight = None if weight is None else (dh * normed).sum(0).to(weight.dtype)
     dbias = None if bias is None else dh.sum(0).to(bias.dtype)
-    return da.to(a.dtype), None if du is None or u is None else du.to(u.dtype), dweight, dbias
+    if residual is not None:
+        da = da + residual
+    if of_u is not None and u is not None:
+        du = of_u.to(u.dtype) if du is None else du.copy_(of_u)
+    return da.to(dtype or a.dtype), du, dweight, dbias
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ def silu_forward(mixed: Tensor, activated: int) -> Tensor:
     return torch.cat([F.silu(mixed[:, :activated]), mixed[:, activated:]], 1)
 
 
-def silu_backward(grad: Tensor, mixed: Tensor, activated: int) -> Tensor:
-    """Gradient of ``mixed``."""
+def silu_backward(grad: Tensor, mixed: Tensor, activated: int, *, in_place: bool = False) -> Tensor:
+    """Gradient of ``mixed``; ``in_place``: it may take the memory of ``grad``."""
     inner = torch.ops.aten.silu_backward(grad[:, :activated], mixed[:, :activated])
     return inner if activated == mixed.shape[1] else torch.cat([inner, grad[:, activated:]], 1)

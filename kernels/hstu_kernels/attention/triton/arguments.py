@@ -79,7 +79,7 @@ def facts_of(q: Tensor, v: Tensor, contextual: int, pos_table: Tensor | None, ti
     )
 
 
-def shape_of(facts: Facts, tile: Tile, descriptors: bool) -> KernelShape:
+def shape_of(facts: Facts, tile: Tile, descriptors: bool, grad_stride: int = 0) -> KernelShape:
     """The constants of a kernel."""
     heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision = facts
     return KernelShape(
@@ -99,4 +99,5 @@ def shape_of(facts: Facts, tile: Tile, descriptors: bool) -> KernelShape:
         precision=precision,
         assembly=not interpreting(),
         own_in_registers=tile.own_in_registers if dtype.itemsize == 2 and not interpreting() else 0,
+        grad_stride=grad_stride,
     )

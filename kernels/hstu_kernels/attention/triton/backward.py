@@ -175,7 +175,9 @@ def hstu_bwd_dq_kernel(
     ENTRIES: tl.constexpr,
     COPIES: tl.constexpr,
 ):
-    """``dq [L, H, Dqk]`` (contiguous, as ``dout [L, H, Dv]``); one program for each query tile and head.
+    """``dq [L, H, Dqk]`` (rows by ``SHAPE.grad_stride``) from ``dout [L, H, Dv]`` (contiguous).
+
+    One program for each query tile and head.
 
     Without the factor ``scale`` also the gradients of the tables, each where its pointer is given:
     ``pos_sums [COPIES, 2N - 1]``, copies that programs share, and ``time_sums [programs, ENTRIES]``, a line for each,
@@ -185,7 +187,7 @@ def hstu_bwd_dq_kernel(
     BLOCK_M: tl.constexpr = SHAPE.block_m
     BLOCK_N: tl.constexpr = SHAPE.block_n
     V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
-    QK_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.qk_dim
+    DQ_STRIDE: tl.constexpr = SHAPE.grad_stride if SHAPE.grad_stride > 0 else SHAPE.heads * SHAPE.qk_dim
     BLOCK_QK: tl.constexpr = SHAPE.block_qk
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)
@@ -194,7 +196,7 @@ def hstu_bwd_dq_kernel(
     k_ptr += seq_start * k_row_stride + head * k_head_stride
     v_ptr += seq_start * v_row_stride + head * v_head_stride
     dout_ptr += seq_start * V_STRIDE + head * SHAPE.v_dim
-    dq_ptr += seq_start * QK_STRIDE + head * SHAPE.qk_dim
+    dq_ptr += seq_start * DQ_STRIDE + head * SHAPE.qk_dim
 
     rows = row_begin + tl.arange(0, BLOCK_M)
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
@@ -306,7 +308,7 @@ def hstu_bwd_dq_kernel(
         program // HEADS,
         pieces,
         head,
-        QK_STRIDE,
+        DQ_STRIDE,
         row_begin,
         seq_len,
         SHAPE,
@@ -444,12 +446,13 @@ def hstu_bwd_dkdv_kernel(
     SHAPE: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """``dk [L, H, Dqk]`` and ``dv [L, H, Dv]`` (contiguous); one program for each key tile and head."""
+    """``dk [L, H, Dqk]``, ``dv [L, H, Dv]`` (rows by ``SHAPE.grad_stride``); a program for each key tile and head."""
     HEADS: tl.constexpr = SHAPE.heads
     BLOCK_M: tl.constexpr = SHAPE.block_m
     BLOCK_N: tl.constexpr = SHAPE.block_n
     V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
-    QK_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.qk_dim
+    DK_STRIDE: tl.constexpr = SHAPE.grad_stride if SHAPE.grad_stride > 0 else SHAPE.heads * SHAPE.qk_dim
+    DV_STRIDE: tl.constexpr = SHAPE.grad_stride if SHAPE.grad_stride > 0 else V_STRIDE
     BLOCK_QK: tl.constexpr = SHAPE.block_qk
     BLOCK_V: tl.constexpr = SHAPE.block_v
     program = tl.program_id(0)
@@ -459,8 +462,8 @@ def hstu_bwd_dkdv_kernel(
     k_ptr += seq_start * k_row_stride + head * k_head_stride
     v_ptr += seq_start * v_row_stride + head * v_head_stride
     dout_ptr += seq_start * V_STRIDE + head * SHAPE.v_dim
-    dk_ptr += seq_start * QK_STRIDE + head * SHAPE.qk_dim
-    dv_ptr += seq_start * V_STRIDE + head * SHAPE.v_dim
+    dk_ptr += seq_start * DK_STRIDE + head * SHAPE.qk_dim
+    dv_ptr += seq_start * DV_STRIDE + head * SHAPE.v_dim
 
     cols = key_begin + tl.arange(0, BLOCK_N)
     key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
@@ -560,7 +563,7 @@ def hstu_bwd_dkdv_kernel(
         program // HEADS,
         pieces,
         head,
-        QK_STRIDE,
+        DK_STRIDE,
         key_begin,
         seq_len,
         SHAPE,
@@ -576,7 +579,7 @@ def hstu_bwd_dkdv_kernel(
         program // HEADS,
         pieces,
         head,
-        V_STRIDE,
+        DV_STRIDE,
         key_begin,
         seq_len,
         SHAPE,

@@ -29,8 +29,9 @@ def hstu_join_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
-    """Rows of ``out [L, H, WIDTH]`` (contiguous) that ``partial [pieces, H, TILE, BLOCK]`` hold, times ``factor``.
+    """Rows of ``out [L, H, WIDTH]``, STRIDE apart, that ``partial [pieces, H, TILE, BLOCK]`` hold, times ``factor``.
 
     One program for each line of a piece, head and ROWS rows of the tile; the program of a tile's first piece adds.
     A tile's next piece stands LONG lines further.
@@ -52,6 +53,5 @@ def hstu_join_kernel(
             piece += LONG
             next_start, next_len, next_begin = _tile_of(work_ptr, tl.minimum(piece, pieces - 1))
             more = (piece < pieces) & (next_len > 0) & (next_start == seq_start) & (next_begin == begin)
-        STRIDE: tl.constexpr = HEADS * WIDTH
         out_ptr += seq_start * STRIDE + head * WIDTH
         store_tile(out_ptr, total * factor, STRIDE, begin + part * ROWS, seq_len, ROWS, WIDTH, BLOCK)

@@ -60,15 +60,19 @@ def triton_attention(
     pos_table = None if bias is None else bias.pos_table
     time_table = None if bias is None else bias.time_table
     if tiles is None:
-        biased = pos_table is not None or time_table is not None
-        longest = plan.layout.max_seq_len
-        longest = length_class(longest) if longest >= LONG_BATCH and same_bits(q.get_device()) else 0
-        windowed = plan.mask.max_attn_len > 0
-        tiles = _tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased, windowed=windowed, longest=longest)
+        tiles = tiles_of(q, v, plan, biased=pos_table is not None or time_table is not None)
     if not needs_gradient(q, k, v, pos_table, time_table):
         return triton_forward(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)
     out: Tensor = _TritonAttention.apply(q, k, v, pos_table, time_table, plan, alpha, scale, tiles)  # type: ignore[no-untyped-call]
     return out
+
+
+def tiles_of(q: Tensor, v: Tensor, plan: TritonPlan, *, biased: bool) -> TileSet:
+    """The tiles of a call; both of its passes have to take the same ones."""
+    longest = plan.layout.max_seq_len
+    longest = length_class(longest) if longest >= LONG_BATCH and same_bits(q.get_device()) else 0
+    windowed = plan.mask.max_attn_len > 0
+    return _tile_set(q.shape[2], v.shape[2], q.dtype, biased=biased, windowed=windowed, longest=longest)
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -138,10 +142,15 @@ def triton_backward(
     tiles: TileSet,
     needed: Sequence[bool],
     divided: Tables | None = None,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v and the two tables, outside autograd; ``None`` where ``needed`` says no."""
+    """Gradients of q, k, v and the two tables, outside autograd; ``None`` where ``needed`` says no.
+
+    ``into``: where those of q, k and v go, if all of them are needed: ``[L, H, D]``, with rows of one stride (that of
+    columns of one matrix) and contiguous heads.
+    """
     need_q, need_k, need_v, need_pos, need_time = needed
-    call = _Call(q, k, v, pos_table, time_table, plan, alpha, scale, divided)
+    call = _Call(q, k, v, pos_table, time_table, plan, alpha, scale, divided, 0 if into is None else into[0].stride(0))
     grad = grad.contiguous()
     dq = dk = dv = None
     pos_sums, time_sums = _table_sums(
@@ -149,7 +158,7 @@ def triton_backward(
     )
     entries = 0 if time_sums is None else time_sums.shape[1]
     if need_q or need_pos or need_time:
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format) if into is None else into[0]
         tile = tiles.dq
         if call.rows:
             work = plan.query_work(tile.block_m, tile.block_n)
@@ -160,8 +169,8 @@ def triton_backward(
             if partial is not None:
                 pieces.join(dq, partial, work, call.alpha * scale)
     if need_k or need_v:
-        dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+        dk = torch.empty_like(k, memory_format=torch.contiguous_format) if into is None else into[1]
+        dv = torch.empty_like(v, memory_format=torch.contiguous_format) if into is None else into[2]
         tile = tiles.dkdv
         if call.rows:
             work = plan.key_work(tile.block_m, tile.block_n)
@@ -201,7 +210,7 @@ class _Pieces:
         """Add ``partial`` up and write ``out``, times ``factor``."""
         _, _, rows, width = partial.shape
         part = min(rows, _JOINED_ROWS)
-        kernel = _joiner(self.heads, self.long, rows, part, out.shape[2], width)
+        kernel = _joiner(self.heads, self.long, rows, part, out.shape[2], width, out.stride(0))
         kernel(self.count * self.heads * (rows // part), (out, partial, work), (self.count, float(factor)))
 
 
@@ -219,7 +228,9 @@ class _Call:
         alpha: float,
         scale: float,
         divided: Tables | None,
+        grad_stride: int = 0,
     ) -> None:
+        self.grad_stride = grad_stride
         self.rows, self.heads, _ = q.shape
         self.tables = _divided(pos_table, time_table, alpha) if divided is None else divided
         self.vanishes = abs(alpha) < _LEAST_ALPHA
@@ -256,7 +267,7 @@ class _Call:
         of_keys = role == "dkdv"
         side, block = ("query", tile.block_m) if of_keys else ("key", tile.block_n)
         described: Sequence[Argument] | None = panels(streamed, block) if streamed else ()
-        kernel = _variant(role, self.facts, plan.mask, tile, bool(described), entries)
+        kernel = _variant(role, self.facts, plan.mask, tile, bool(described), entries, self.grad_stride)
         if described is None:
             described = (None,) * len(streamed)
         kernel(
@@ -281,8 +292,10 @@ class _Call:
 
 
 @functools.lru_cache(maxsize=512)
-def _variant(role: str, facts: Facts, mask: AttentionMask, tile: Tile, descriptors: bool, entries: int) -> Variant:
-    shape = shape_of(facts, tile, descriptors)
+def _variant(
+    role: str, facts: Facts, mask: AttentionMask, tile: Tile, descriptors: bool, entries: int, grad_stride: int
+) -> Variant:
+    shape = shape_of(facts, tile, descriptors, grad_stride)
     constants: dict[str, Any] = {"SHAPE": shape, "MASK": mask}
     if role in ("dq", "bias"):
         constants["ENTRIES"] = entries
@@ -292,9 +305,9 @@ def _variant(role: str, facts: Facts, mask: AttentionMask, tile: Tile, descripto
 
 
 @functools.lru_cache(maxsize=64)
-def _joiner(heads: int, long: int, tile: int, rows: int, width: int, block: int) -> Variant:
-    constants = {"HEADS": heads, "LONG": long, "TILE": tile, "ROWS": rows, "WIDTH": width, "BLOCK": block}
-    return Variant(hstu_join_kernel, **constants, num_warps=4)
+def _joiner(heads: int, long: int, tile: int, rows: int, width: int, block: int, stride: int) -> Variant:
+    shape = {"HEADS": heads, "LONG": long, "TILE": tile, "ROWS": rows}
+    return Variant(hstu_join_kernel, **shape, WIDTH=width, BLOCK=block, STRIDE=stride, num_warps=4)
 
 
 def _divided(pos_table: Tensor | None, time_table: Tensor | None, alpha: float) -> Tables:

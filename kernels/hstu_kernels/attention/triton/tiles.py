@@ -53,6 +53,7 @@ class KernelShape:
         assembly: there is inline assembly: a GPU, not the interpreter.
         own_in_registers: as in `Tile`; wants ``assembly``.
         few_buckets: a block whose times span at most that many thresholds compares with each of them.
+        grad_stride: of the rows of dq, dk and dv, which may be columns of one wider matrix; 0: contiguous.
     """
 
     heads: int
@@ -71,6 +72,7 @@ class KernelShape:
     assembly: bool = False
     own_in_registers: int = 0
     few_buckets: int = 3
+    grad_stride: int = 0
 
 
 def tile_set(

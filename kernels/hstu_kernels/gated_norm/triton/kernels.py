@@ -91,6 +91,7 @@ def gate_bwd_kernel(
     mean_ptr,
     rstd_ptr,
     seed_ptr,
+    residual_ptr,
     da_ptr,
     du_ptr,
     dweight_ptr,
@@ -98,6 +99,7 @@ def gate_bwd_kernel(
     total_rows,
     a_stride,
     u_stride,
+    du_stride,
     threshold,
     inverse,
     WIDTH: tl.constexpr,
@@ -106,7 +108,10 @@ def gate_bwd_kernel(
     CONCAT: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """``da``, ``du [L, W]`` (contiguous, as ``grad``), and a line of ``dweight``, ``dbias [programs, W]`` each."""
+    """``da``, ``du [L, W]``, and a line of ``dweight``, ``dbias [programs, W]`` each; all but ``a, u, du`` contiguous.
+
+    Without ``mean`` the rows of ``a`` are normed already. ``residual [L, W]`` is added to ``da``.
+    """
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_W)
     in_width = cols < WIDTH
@@ -118,9 +123,11 @@ def gate_bwd_kernel(
         inside = (rows[:, None] < total_rows) & in_width[None, :]
         # [R, W]
         a = tl.load(a_ptr + rows[:, None] * a_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + rows, mask=rows < total_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < total_rows, other=0.0)
-        normed = tl.where(inside, (a - mean[:, None]) * rstd[:, None], 0.0)
+        normed = a
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + rows, mask=rows < total_rows, other=0.0)
+            normed = tl.where(inside, (a - mean[:, None]) * rstd[:, None], 0.0)
         grad_ptrs = grad_ptr + rows[:, None] * (PARTS * WIDTH) + cols[None, :]
         dh = tl.load(grad_ptrs + (PARTS - 1) * WIDTH, mask=inside, other=0.0).to(tl.float32)
         at = rows[:, None] * WIDTH + cols[None, :]
@@ -144,7 +151,8 @@ def gate_bwd_kernel(
                     of_u = _drop(of_u, seed, rows, 0, threshold, inverse, BLOCK_R, BLOCK_W)
                     da = _drop(da, seed, rows, 1, threshold, inverse, BLOCK_R, BLOCK_W)
                 du += of_u
-            tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=inside)
+            du_ptrs = du_ptr + rows[:, None] * du_stride + cols[None, :]
+            tl.store(du_ptrs, du.to(du_ptr.dtype.element_ty), mask=inside)
         dn = dh
         if weight_ptr is not None:
             dn *= tl.load(weight_ptr + cols, mask=in_width, other=0.0).to(tl.float32)[None, :]
@@ -154,6 +162,8 @@ def gate_bwd_kernel(
         level = tl.sum(dn, 1) / WIDTH
         slope = tl.sum(dn * normed, 1) / WIDTH
         da += rstd[:, None] * (dn - level[:, None] - normed * slope[:, None])
+        if residual_ptr is not None:
+            da += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=inside)
     line = program.to(tl.int64) * WIDTH + cols
     if weight_ptr is not None:

@@ -48,27 +48,34 @@ def gate_backward(
     u: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     *,
     dropout: float,
     concat: bool,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    du: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As the reference; partial sums of the parameters in float32."""
     rows, width = a.shape
     a, u, grad = _dense_columns(a), None if u is None else _dense_columns(u), grad.contiguous()
     block_r, _, _ = tile(width)
     programs = max(1, min(_MOST_PROGRAMS, -(-rows // block_r)))
-    da = torch.empty(rows, width, dtype=a.dtype, device=a.device)
-    du = None if u is None else torch.empty(rows, width, dtype=u.dtype, device=u.device)
+    da = torch.empty(rows, width, dtype=dtype or a.dtype, device=a.device)
+    if u is not None and du is None:
+        du = torch.empty(rows, width, dtype=u.dtype, device=u.device)
+    if residual is not None:
+        residual = residual.contiguous()
     sums = [
         None if parameter is None else torch.empty(programs, width, dtype=torch.float32, device=a.device)
         for parameter in (weight, bias)
     ]
-    numbers = (rows, a.stride(0), 0 if u is None else u.stride(0), drop_threshold(dropout), 1 / (1 - dropout))
+    strides = (a.stride(0), 0 if u is None else u.stride(0), 0 if du is None else du.stride(0))
     kernel = _variant(False, width, concat, dropout > 0)
-    kernel(programs, (grad, a, u, weight, bias, mean, rstd, seed, da, du, *sums), numbers)
+    inputs = (grad, a, u, weight, bias, mean, rstd, seed, residual)
+    kernel(programs, (*inputs, da, du, *sums), (rows, *strides, drop_threshold(dropout), 1 / (1 - dropout)))
     dweight, dbias = (
         None if total is None or parameter is None else total.sum(0).to(parameter.dtype)
         for total, parameter in zip(sums, (weight, bias), strict=True)

@@ -23,10 +23,10 @@ def silu_forward(mixed: Tensor, activated: int) -> Tensor:
     return out
 
 
-def silu_backward(grad: Tensor, mixed: Tensor, activated: int) -> Tensor:
+def silu_backward(grad: Tensor, mixed: Tensor, activated: int, *, in_place: bool = False) -> Tensor:
     """As the reference."""
     grad, mixed = grad.contiguous(), mixed.contiguous()
-    out = torch.empty_like(mixed)
+    out = grad if in_place else torch.empty_like(mixed)
     rows, columns = mixed.shape
     if total := rows * columns:
         _variant(False, columns, activated)(-(-total // BLOCK), (grad, mixed, out), (rows,))
