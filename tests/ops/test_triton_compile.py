@@ -14,7 +14,7 @@ import torch
 
 from hstu_kernels import AttentionMask
 from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
-from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet, padded_width, tile_set
+from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet, many_targets, padded_width, tile_set
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
@@ -93,6 +93,7 @@ def compiled(
     descriptors: bool = False,
     precision: str = "ieee",
     longest: int = 0,
+    whole: bool = False,
 ) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -100,6 +101,8 @@ def compiled(
     kernel = kernels()[name]
     bias = bias or name == "bias"
     tile = tile_of(tile_set(*widths, dtype, biased=bias, windowed=mask.max_attn_len > 0, longest=longest), name)
+    if name == "target" and whole:
+        tile = many_targets(*widths, dtype, biased=bias) or tile
     shape = KernelShape(
         heads=4,
         qk_dim=widths[0],
@@ -118,7 +121,7 @@ def compiled(
         own_in_registers=tile.own_in_registers if dtype.itemsize == 2 else 0,
     )
     constants: dict[str, Any] = {"SHAPE": shape, "MASK": mask, "ENTRIES": 256 if bias else 0, "COPIES": 32}
-    constants |= {"SPLIT_ROWS": 2048, "STAGES": tile.num_stages}
+    constants |= {"SPLIT_ROWS": 2048, "STAGES": tile.num_stages, "WHOLE": whole}
     if not bias:
         constants |= dict.fromkeys(TABLES)
     if not descriptors:
@@ -142,6 +145,8 @@ def compiled(
         for i, argument in enumerate(kernel.arg_names)
         if signature[argument].startswith("*") or signature[argument] == "i32"
     }
+    if whole:
+        constants["sums_ptr"], signature["sums_ptr"] = None, "constexpr"
     used = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes),
@@ -198,6 +203,14 @@ def test_the_tile_of_long_batches_fits_into_registers(width: int, tmp_path: Path
     assert long.asm["ttgir"] != short.asm["ttgir"]
     assert long.metadata.shared <= 227 * 1024
     assert resources(long, tmp_path)["STACK"] == 0
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_targets_against_whole_histories_fit_into_registers(bias: bool, tmp_path: Path) -> None:
+    """The sums of earlier stretches may wait in memory: they are touched once in SPLIT_ROWS keys."""
+    kernel = compiled("target", 90, mask=AttentionMask(), bias=bias, descriptors=True, whole=True)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert resources(kernel, tmp_path)["STACK"] <= 256 + STACK_BOUND
 
 
 @pytest.mark.parametrize("name", ["forward", "dq", "dkdv", "target"])
