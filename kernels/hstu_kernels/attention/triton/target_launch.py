@@ -45,8 +45,8 @@ def triton_target_attention(
     """Arguments and result as `hstu_kernels.hstu_target_attention`, without autograd.
 
     ``layout`` may end before ``T`` and ``cache.layout`` before the cache's rows: what lies behind is not touched, and
-    the rows of the result there hold anything. ``tile``, ``split_rows`` and ``whole`` (one program for all stretches of a
-    history, with the same bits) for tests.
+    the rows of the result there hold anything. For tests: ``tile``, ``split_rows`` and ``whole`` (one program for all
+    stretches of a history, with the same bits).
     """
     pos_table = None if bias is None else bias.pos_table
     time_table = None if bias is None else bias.time_table
