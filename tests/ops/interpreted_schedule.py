@@ -37,8 +37,7 @@ def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int)
         assert work.shape[0] == pieces + list_length(total, layout.batch_size, own)
         exists = work[:, 1] > 0
         assert not work[~exists].any(), f"{side}: work in an empty line"
-        places = [(int(line[1] * -1), int(line[0])) for line in work[pieces:][exists[pieces:]]]
-        assert places == sorted(places), f"{side}: a longer sequence stands behind a shorter one, or one is torn apart"
+        check_order(work[pieces:][exists[pieces:]].tolist(), layout, mask, own, side)
         owners: dict[tuple[int, int], list[int]] = {}
         ends: dict[tuple[int, int], int] = {}
         for at in exists.nonzero().flatten().tolist():
@@ -73,6 +72,26 @@ def check(layout: JaggedLayout, mask: AttentionMask, block_m: int, block_n: int)
         assert not (truth & (met == 0)).any(), f"{side}: a visible pair is missed"
         assert not (full & ~truth).any(), f"{side}: a hidden pair in a full block"
     return found
+
+
+def check_order(lines: list[list[int]], layout: JaggedLayout, mask: AttentionMask, own: int, side: str) -> None:
+    """Sequence by sequence, the longest first; the last of them mixed by the blocks that a causal tile meets."""
+    lengths = torch.tensor(sorted(layout.seq_lengths.tolist(), reverse=True), dtype=torch.int64)
+    before = (lengths.cumsum(0) - lengths).tolist()
+    last = [p for p, rows in enumerate(before) if rows >= int(lengths.sum()) - schedule.END_ROWS]
+    last = [] if mask.max_attn_len else last[-64:]
+    tiles = [-(-length // own) for length in lengths.tolist()]
+    mixed = sum(tiles[p] for p in last)
+    single, together = lines[: len(lines) - mixed], lines[len(lines) - mixed :]
+    places = [(-length, start) for start, length, *_ in single]
+    assert places == sorted(places), f"{side}: a longer sequence stands behind a shorter one, or one is torn apart"
+    left = [-(-length // own) - begin // own for _, length, _, begin, *_ in together]
+    if side == "query":
+        left = [begin // own for _, _, _, begin, *_ in together]
+        expected = [t for p in last for t in range(tiles[p])]
+    else:
+        expected = [t + 1 for p in last for t in range(tiles[p])]
+    assert left == sorted(expected, reverse=True), f"{side}: the last sequences are not mixed, the busiest tile first"
 
 
 BLOCKS = [(16, 16), (32, 16), (16, 64)]
@@ -112,8 +131,17 @@ def test_random_geometry(rows: int, data: st.DataObject) -> None:
     )
     blocks = st.sampled_from([2, 4, 8])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "END_ROWS", data.draw(st.sampled_from([0, 16, 100, schedule.END_ROWS])))
         patch.setattr(schedule, "PIECE_ROWS", rows)
         check(layout, mask, data.draw(blocks), data.draw(blocks))
+
+
+def test_many_sequences_are_mixed_at_the_end() -> None:
+    """More than one group holds, and some of them empty."""
+    lengths = [1 + 7 * i % 40 for i in range(150)]
+    for empty in (0, 3, 70):
+        layout = JaggedLayout.from_lengths(torch.tensor(lengths + [0] * empty))
+        check(layout, AttentionMask(), 8, 8)
 
 
 @pytest.mark.parametrize(

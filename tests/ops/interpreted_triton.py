@@ -254,18 +254,23 @@ def test_cached_targets_equal_the_oracle(
     options = {"alpha": inputs.alpha, "scale": inputs.scale}
     for part in split_targets(inputs, micro_batch_size):
         with poisoned_empty():
-            got = triton_target_attention(
-                part.q,
-                part.k,
-                part.v,
-                part.cache,
-                part.layout,
-                inputs.mask,
-                **options,
-                bias=part.bias,
-                tile=SMALL.forward,
-                split_rows=split_rows,
+            got, in_pieces = (
+                triton_target_attention(
+                    part.q,
+                    part.k,
+                    part.v,
+                    part.cache,
+                    part.layout,
+                    inputs.mask,
+                    **options,
+                    bias=part.bias,
+                    tile=SMALL.forward,
+                    split_rows=split_rows,
+                    whole=whole,
+                )
+                for whole in (True, False)
             )
+        assert torch.equal(got, in_pieces)
         expected = hstu_target_attention(
             part.q,
             part.k,

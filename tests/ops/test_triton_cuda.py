@@ -116,6 +116,36 @@ def test_cached_targets_of_long_histories(one_time: bool) -> None:
     assert float((got.double() - expected).abs().max()) <= 2 * budget + 1e-12
 
 
+@pytest.mark.parametrize("bias", [BiasKind.NONE, BiasKind.BOTH], ids=lambda b: b.value)
+@pytest.mark.parametrize("width", [64, 128])
+def test_targets_have_the_same_bits_however_a_history_is_shared_out(bias: BiasKind, width: int) -> None:
+    """One program for all stretches or one for each, tiles of 64 and of 128 targets: the batch may choose."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from hstu_kernels.attention.triton.target_launch import triton_target_attention
+
+    case = AttentionCase(
+        name="shared",
+        lengths=(5000, 90, 2100, 40, 6400),
+        num_targets=(300, 0, 40, 40, 129),
+        bias=bias,
+        heads=2,
+        qk_dim=width,
+        v_dim=width,
+    )
+    inputs = make_inputs(case, torch.bfloat16, device="cuda")
+    (part,) = split_targets(inputs)
+    options = {"alpha": inputs.alpha, "scale": inputs.scale, "bias": part.bias}
+    first, *others = (
+        triton_target_attention(
+            part.q, part.k, part.v, part.cache, part.layout, inputs.mask, **options, tile=tile, whole=whole
+        )
+        for tile in (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3))
+        for whole in (False, True)
+    )
+    for other in others:
+        assert torch.equal(first, other)
+
+
 @pytest.mark.parametrize("name", ["targets", "no-bias"])
 def test_nothing_waits_for_the_device(name: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -10,7 +10,7 @@ from hstu_kernels.attention.triton.primitives import (
     load_rows,
     load_segments,
     load_times,
-    silu,
+    scaled_silu,
     store_sums,
     visible,
 )
@@ -100,8 +100,7 @@ def _add_keys(
         SHAPE,
         True,
     )
-    logits = tl.dot(q, tl.trans(k), rab, input_precision=SHAPE.precision) * alpha
-    weights = silu(logits, SHAPE)
+    weights = scaled_silu(tl.dot(q, tl.trans(k), rab, input_precision=SHAPE.precision), alpha, SHAPE)
     if edge:
         weights = tl.where(visible(rows[:, None], cols[None, :], history_end, SHAPE, MASK), weights, 0.0)
     return tl.dot(weights.to(v.dtype), v, acc, input_precision=SHAPE.precision)

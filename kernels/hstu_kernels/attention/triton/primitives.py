@@ -58,6 +58,17 @@ def silu(x, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def scaled_silu(x, factor, SHAPE: tl.constexpr):
+    """SiLU of ``factor * x``, the same bits with one multiplication less: to halve a number rounds nothing."""
+    if SHAPE.exact:
+        value = silu(x * factor, SHAPE)
+    else:
+        half = x * (0.5 * factor)
+        value = half * _tanh(half) + half
+    return value
+
+
+@triton.jit
 def silu_and_slope(x, SHAPE: tl.constexpr):
     """SiLU of float32 ``x`` and its derivative, from the same special function."""
     if SHAPE.exact:

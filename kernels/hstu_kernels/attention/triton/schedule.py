@@ -1,10 +1,10 @@
 """Which tiles meet which, worked out on the device once for a batch. Imports torch alone; `work` holds the kernel.
 
 A work list has one line for each tile that exists: no program starts only to find that it has nothing to do. Lines go
-sequence by sequence, the longest first, so that programs that run together read the same rows from the cache and none
-that starts late runs long. A line says where the tile lies and which blocks of the other side it meets, in ascending
-order: full blocks, in which every pair is visible, and edge blocks, which need the mask. Blocks in which no pair is
-visible are in neither.
+sequence by sequence, the longest first, so that programs that run together read the same rows from the cache. The tiles
+of the last sequences are mixed, the busiest first, so that none that starts late runs long. A line says where the tile
+lies and which blocks of the other side it meets, in ascending order: full blocks, in which every pair is visible, and
+edge blocks, which need the mask. Blocks in which no pair is visible are in neither.
 
 Under a window a few tiles may meet all of a long sequence: rows of the tail, keys of the prefix. They would be the last
 to end, so they go to several programs: lines of pieces stand at the front, and `join` adds their results up.
@@ -34,6 +34,8 @@ LINE = HEADER + 2 * SEGMENTS
 FULL_SEGMENTS = {"query": (0, 3), "key": (2, 5)}
 # A long tile is cut into pieces of at most that many rows of the other side. A power of two.
 PIECE_ROWS = 4096
+# Rows of the last sequences, whose tiles run busiest first all together. Their keys and values fit into the cache.
+END_ROWS = 16384
 # Lines that one program of the list's kernel writes.
 _SLOTS = 32
 
@@ -96,7 +98,7 @@ class TritonPlan:
         programs = (lines + _SLOTS - 1) // _SLOTS
         work = torch.empty(programs * _SLOTS, LINE, dtype=torch.int64, device=layout.device)
         if lines:
-            room = (long if pieces else 0, PIECE_ROWS)
+            room = (long if pieces else 0, PIECE_ROWS, END_ROWS)
             kernel = _list_writer(layout.contextual_seq_len, self.mask, block_m, block_n, side == "query", *room)
             batch = layout.batch_size
             arrays = (work, self.order, self.ends, layout.seq_offsets, layout.num_targets)
@@ -106,13 +108,13 @@ class TritonPlan:
 
 @functools.lru_cache(maxsize=256)
 def _list_writer(
-    contextual: int, mask: AttentionMask, block_m: int, block_n: int, of_query: bool, long: int, room: int
+    contextual: int, mask: AttentionMask, block_m: int, block_n: int, of_query: bool, long: int, room: int, end: int
 ) -> Variant:
     # Here, so that this module imports without Triton.
     from hstu_kernels.attention.triton.work import hstu_work_kernel
     from hstu_kernels.triton.launcher import Variant
 
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "LONG": long, "ROOM": room, "SLOTS": _SLOTS}
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "LONG": long, "ROOM": room, "SLOTS": _SLOTS, "END_ROWS": end}
     return Variant(hstu_work_kernel, CONTEXTUAL=contextual, MASK=mask, OF_QUERY=of_query, **sizes, num_warps=1)
 
 

@@ -220,6 +220,35 @@ def _is_long(tile, history, CONTEXTUAL: tl.constexpr, MASK: tl.constexpr, OWN: t
     return found
 
 
+@triton.jit
+def _place_at_the_end(slot, low, place, ends_ptr, batch_size, OWN: tl.constexpr, ROWS: tl.constexpr):
+    """Where the line of ``slot``, ``place`` lines behind the first of the sequence at place ``low``, is written.
+
+    The sequences that begin in the last ROWS rows, at most 64, form one group, ordered by the blocks that a tile meets.
+    Their tiles take the slots of the group; all others stay.
+    """
+    member = batch_size - 64 + tl.arange(0, 64)
+    exists = member >= 0
+    before = tl.load(ends_ptr + tl.maximum(member - 1, 0), mask=member > 0, other=0)
+    end = tl.load(ends_ptr + tl.maximum(member, 0), mask=exists, other=0)
+    exists = exists & (before >= tl.load(ends_ptr + batch_size - 1) - ROWS)
+    first = (before // OWN).to(tl.int32) + member
+    slots = (end // OWN - before // OWN).to(tl.int32) + 1
+    tiles = ((end - before + OWN - 1) // OWN).to(tl.int32)
+    group = tl.min(tl.where(exists, first, 2147483647), 0)
+    if tl.max(slot, 0) >= group:
+        # Own row of these matrices: a slot; column: a member.
+        own = low[:, None] == member[None, :]
+        left = tl.sum(tl.where(own, tiles[None, :] - 1, 0), 1) - place
+        grouped = tl.sum(tl.where(own & exists[None, :] & (place[:, None] < slots[None, :]), 1, 0), 1) > 0
+        ahead = tiles[None, :] - 1 - left[:, None]
+        busier = tl.minimum(tl.maximum(ahead, 0), slots[None, :])
+        equal = (ahead >= 0) & (ahead < slots[None, :]) & (member[None, :] < low[:, None])
+        rank = tl.sum(tl.where(exists[None, :], busier + equal.to(tl.int32), 0), 1)
+        slot = tl.where(grouped, group + rank, slot)
+    return slot
+
+
 @triton.jit(do_not_specialize=["batch_size", "search_steps", "pieces"])
 def hstu_work_kernel(
     lines_ptr,
@@ -238,6 +267,7 @@ def hstu_work_kernel(
     LONG: tl.constexpr,
     ROOM: tl.constexpr,
     SLOTS: tl.constexpr,
+    END_ROWS: tl.constexpr,
 ):
     """SLOTS lines of ``lines [slots, LINE]`` int64, whose number is a multiple of SLOTS.
 
@@ -247,6 +277,8 @@ def hstu_work_kernel(
 
     With LONG, the number of tiles of a sequence that may be long, the first ``pieces`` lines hold pieces of at most
     ROOM rows of the other side: piece by piece, LONG lines each, and found in the same way.
+
+    Without a window the sequences that begin in the last END_ROWS rows are mixed, the busiest tile first.
     """
     OWN: tl.constexpr = BLOCK_M if OF_QUERY else BLOCK_N
     OTHER: tl.constexpr = BLOCK_N if OF_QUERY else BLOCK_M
@@ -302,6 +334,8 @@ def hstu_work_kernel(
         from_block = tl.where(is_piece, place * size, from_block)
         live = live & (in_pieces == is_piece) & (from_block < to_block)
         to_block = tl.where(is_piece, tl.minimum(from_block + size, to_block), to_block)
+    if MASK.max_attn_len == 0:
+        line = _place_at_the_end(slot, low, place, ends_ptr, batch_size, OWN, END_ROWS)
     lines = lines_ptr + line.to(tl.int64) * _LINE
     tl.store(lines, tl.where(live, start, 0))
     tl.store(lines + 1, tl.where(live, length, 0).to(tl.int64))
