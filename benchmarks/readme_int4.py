@@ -22,8 +22,12 @@ WAYS = {
     "fbgemm": "FBGEMM",
     "float16": "float16 rows",
     "int4": "int4 rows",
+    "float16-read": "float16 rows, read by the device",
+    "int4-read": "int4 rows, read by the device",
     "mfalcon-float16": "M-FALCON, float16 rows",
     "mfalcon-int4": "M-FALCON, int4 rows",
+    "mfalcon-float16-read": "M-FALCON, float16 rows, read by the device",
+    "mfalcon-int4-read": "M-FALCON, int4 rows, read by the device",
 }
 
 
@@ -93,6 +97,7 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], Cells]:
         [
             WAYS.get(row["way"], row["way"]),
             str(row["dim"]),
+            str(row["layers"] or "-"),
             f"{row['ids']:,}",
             f"{row['mb']:.1f}",
             *(f"{row[name]:.2f}" for name in ("transfer_ms", "p50_ms", "pipelined_ms")),
@@ -100,7 +105,16 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], Cells]:
         ]
         for row in rows
     ]
-    header = ["table in host memory", "D", "rows of a request", "MB", "copy, ms", "request, ms", "overlapped, ms"]
+    header = [
+        "table in host memory",
+        "D",
+        "layers",
+        "rows of a request",
+        "MB",
+        "copy, ms",
+        "request, ms",
+        "overlapped, ms",
+    ]
     return [*header, "requests/s"], cells
 
 

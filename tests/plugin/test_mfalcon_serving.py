@@ -165,8 +165,8 @@ def test_only_distinct_packed_rows_travel(servers: list[MFalconServer]) -> None:
     distinct = sum(ids[:, column].unique().numel() for column in range(len(sizes)))
     assert server.table.num_rows == sum(sizes)
     assert server.table.counts.unique_rows == distinct
-    # Four bytes of codes, four of scale and bias; int64 places.
-    assert server.table.counts.bytes == 8 * distinct + 8 * ids.numel()
+    # Four bytes of codes, four of scale and bias; int32 places.
+    assert server.table.counts.bytes == 8 * distinct + 4 * ids.numel()
 
 
 def test_the_models_device_holds_no_item_table(servers: list[MFalconServer]) -> None:
@@ -183,10 +183,10 @@ def test_errors_of_the_thread_reach_the_caller(servers: list[MFalconServer]) -> 
     good = make_request(server.model)
     offered = good.candidates
     wrong = replace(good, candidates=replace(offered, items=offered.items + 1000))
-    with pytest.raises(ValueError, match=r"items: expected ids in \[0, 20\) of '\w+', got 10\d\d"):
+    with pytest.raises(IndexError, match=r"\w+: expected ids in \[0, 20\), got \d+ to 10\d\d"):
         server.score(wrong)
     narrow = replace(offered, items=offered.items[:, :1])
-    with pytest.raises(ValueError, match=r"items: expected 2 columns as RankingFeatures.items, got 1"):
+    with pytest.raises(ValueError, match=r"ids: expected \[R, 2\] for \w+, \w+, got"):
         server.score(ServingRequest(candidates=narrow, history=_first_column(good.history)))
     assert torch.isfinite(server.score(good)).all()
 

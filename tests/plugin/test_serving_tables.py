@@ -72,7 +72,7 @@ def test_only_distinct_rows_are_copied(device: str) -> None:
     ids = torch.tensor([5, 3, 5, 5, 9, 3])
     table(ids)
     table(torch.tensor([1]))
-    assert table.counts == TransferCounts(requests=2, rows=7, unique_rows=4, bytes=4 * 16 + 7 * 8)
+    assert table.counts == TransferCounts(requests=2, rows=7, unique_rows=4, bytes=4 * 16 + 7 * 4)
     assert table.reset_counts().requests == 2
     assert table.counts == TransferCounts()
 
@@ -83,7 +83,7 @@ def test_a_dense_table_copies_more() -> None:
         table = ServingTable(rows, dtype=torch.float16)
         out = table(torch.arange(60))
         assert out.shape == (60, 512)
-        counts[name] = table.counts.bytes - 60 * 8
+        counts[name] = table.counts.bytes - 60 * 4
     assert counts == {"half": 60 * 1024, "int4": 60 * 260}
 
 

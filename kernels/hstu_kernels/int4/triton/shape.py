@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from hstu_kernels.int4.format import TAIL_BYTES, PackedRows
 
 
@@ -70,3 +72,42 @@ def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
         ragged=code_units * codes != table.dim,
         block_units=tile.units,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadTile:
+    """How reads out of host memory are cut.
+
+    Attributes:
+        units: of a program at a time, a power of two. warps: of a program.
+        programs: at most; together they keep ``programs * units`` reads under way.
+    """
+
+    units: int = 1024
+    warps: int = 4
+    programs: int = 64
+
+
+READ = ReadTile()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadShape:
+    """One constexpr argument.
+
+    Attributes:
+        unit_bytes: bytes of the integer that rows are read in: 8, 4, 2 or 1.
+        row_units: units of a row.
+        block_units: units of a program at a time.
+    """
+
+    unit_bytes: int
+    row_units: int
+    block_units: int
+
+
+def read_shape(data: Tensor, tile: ReadTile = READ) -> ReadShape:
+    """The shape for rows ``[rows, bytes]``: the widest unit in which every row begins and ends on a boundary."""
+    row_bytes = data.shape[1]
+    unit = next(u for u in (8, 4, 2, 1) if row_bytes % u == 0 and data.data_ptr() % u == 0)
+    return ReadShape(unit_bytes=unit, row_units=row_bytes // unit, block_units=tile.units)
