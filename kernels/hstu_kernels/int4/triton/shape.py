@@ -18,15 +18,21 @@ class GatherTile:
         units: that a program decodes, a power of two; four bytes of int4 codes are a unit, so 512 are 32 rows of
             width 128, or 8 of width 512.
         warps: of a program.
+        registers: of a thread, at most; ``None`` leaves them to the compiler. Fewer let more programs share a
+            multiprocessor, whose reads under way are what the gather is bound by.
+        streaming: tell the caches that packed rows and the result are not touched again.
     """
 
     units: int = 512
     warps: int = 4
+    registers: int | None = None
+    streaming: bool = False
 
     @property
     def launch_options(self) -> dict[str, Any]:
         """Product and sum are rounded apart, as the tensor operations do: the same bits on every path."""
-        return {"num_warps": self.warps, "enable_fp_fusion": False}
+        bound = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "enable_fp_fusion": False, **bound}
 
 
 TILE = GatherTile()
@@ -45,6 +51,7 @@ class GatherShape:
         codes: codes in a unit.
         ragged: whether the last unit of a row has codes beyond ``dim``.
         block_units: units of a program.
+        streaming: of the tile.
     """
 
     dim: int
@@ -55,6 +62,7 @@ class GatherShape:
     codes: int
     ragged: bool
     block_units: int
+    streaming: bool
 
 
 def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
@@ -71,6 +79,7 @@ def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
         codes=codes,
         ragged=code_units * codes != table.dim,
         block_units=tile.units,
+        streaming=tile.streaming,
     )
 
 
