@@ -19,7 +19,7 @@ WAYS = {
     "eager": "PyTorch operations",
     "triton": "Triton",
     "triton-action-position": "Triton, + action + position",
-    "fbgemm": "FBGEMM",
+    "fbgemm-tbe": "FBGEMM",
     "float16": "float16 rows",
     "int4": "int4 rows",
     "float16-read": "float16 rows, read by the device",
@@ -32,7 +32,7 @@ WAYS = {
 
 
 def quantized(root: Path) -> tuple[list[str], Cells, list[str]]:
-    """Header, rows and remarks: size and metrics before and after, the mean over the seeds of a model.
+    """Header, rows and remarks: size and metrics before and after, means over the seeds of a model and their spread.
 
     Raises:
         ValueError: nothing is recorded, or a file is of another format.
@@ -57,6 +57,9 @@ def quantized(root: Path) -> tuple[list[str], Cells, list[str]]:
             before, after = (fmean(r[part][name] for r in reports) for part in ("metrics_before", "metrics_after"))
             shown = f"{task} {SHOWN[metric]}".strip()
             change = f"{after / before - 1:+.2%}" if before else "-"
+            if before and len(reports) > 1:
+                own = [r["metrics_after"][name] / r["metrics_before"][name] - 1 for r in reports]
+                change += f" ({min(own):+.2%} to {max(own):+.2%})"
             cells = [f"{dataset}, {model}", str(len(records)), what, f"{smaller:.2f}x", shown]
             rows.append([*cells, f"{before:.4f}", f"{after:.4f}", change])
         remarks.append(f"{dataset}, {model}, {what}: {_origin(records)}")

@@ -118,8 +118,11 @@ def test_quantised_models_are_means_over_seeds(root: Path) -> None:
     for seed, before, after in ((1, 0.2, 0.19), (2, 0.4, 0.4)):
         report.write_json(root / f"benchmarks/results/quantized-tiny-{seed}.json", quantised(seed, before, after))
     new = update_readme.updated(block("quantized"), root)
-    assert "| tiny, HSTU | 2 | int4, searched ranges | 8.00x | HR@10 | 0.3000 | 0.2950 | -1.67% |" in new
-    assert "| click NE | 2.0000 | 2.0200 | +1.00% |" in new
+    assert (
+        "| tiny, HSTU | 2 | int4, searched ranges | 8.00x | HR@10 | 0.3000 | 0.2950 | -1.67% (-5.00% to +0.00%) |"
+        in new
+    )
+    assert "| click NE | 2.0000 | 2.0200 | +1.00% (+1.00% to +1.00%) |" in new
     assert "MRR" not in new
     assert "- tiny, HSTU, int4, searched ranges: a CPU, torch 2.13, commit 0123456\n" in new
     report.write_json(root / "benchmarks/results/quantized-other.json", {"format": "other"})
