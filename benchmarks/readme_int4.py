@@ -57,7 +57,7 @@ def quantized(root: Path) -> tuple[list[str], Cells, list[str]]:
             before, after = (fmean(r[part][name] for r in reports) for part in ("metrics_before", "metrics_after"))
             shown = f"{task} {SHOWN[metric]}".strip()
             change = f"{after / before - 1:+.2%}" if before else "-"
-            if before and len(reports) > 1:
+            if len(reports) > 1 and all(r["metrics_before"][name] for r in reports):
                 own = [r["metrics_after"][name] / r["metrics_before"][name] - 1 for r in reports]
                 change += f" ({min(own):+.2%} to {max(own):+.2%})"
             cells = [f"{dataset}, {model}", str(len(records)), what, f"{smaller:.2f}x", shown]
