@@ -3,8 +3,9 @@
 ``gather``: the dequantising gather from a table in the memory of the device, as a share of the copy bandwidth measured
 in the same run; FBGEMM's INT4 lookup beside it where it is installed. ``sweep``: the same with other tiles, orders of
 ids and table sizes, each checked by itself. ``host``: a table in host memory, bytes and milliseconds of a request, and
-of M-FALCON requests that are fed from it, float16 beside INT4. Each writes ``<output>.json``, ``<output>.csv`` and
-``<output>.png``. On a GPU the operator's tests run before ``gather`` and ``host``; when they fail, nothing is measured.
+of M-FALCON requests that are fed from it; float16 beside INT4, copied, or read by the device. Each writes
+``<output>.json``, ``<output>.csv`` and ``<output>.png``. On a GPU the operator's tests run before ``gather`` and
+``host``; when they fail, nothing is measured.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ RESULTS = Path(__file__).parent / "results"
 # What has to be right on a GPU before something is timed there.
 TESTS = {
     "gather": ("tests/ops/test_int4_triton.py",),
-    "host": ("tests/plugin/test_serving_tables.py", "tests/plugin/test_mfalcon_serving.py"),
+    "host": (
+        "tests/ops/test_distinct.py",
+        "tests/plugin/test_serving_tables.py",
+        "tests/plugin/test_mfalcon_serving.py",
+    ),
 }
 
 
@@ -61,7 +66,7 @@ def _measured(options: argparse.Namespace, device: torch.device) -> Iterator[Row
             ids=options.ids,
             requests=options.requests,
             history=options.history,
-            layers=options.layers,
+            layers=tuple(options.layers),
             backend=options.backend,
         )
         return host_times(device, case, seconds=options.seconds)
@@ -93,7 +98,8 @@ def line(row: Row) -> str:
     """One measurement for people."""
     text = f"{row['op']} {row['way']:<24} D {row['dim']:<4} {row['p50_ms']:9.3f} ms  {row['mb']:9.1f} MB"
     if row["op"] == "host":
-        return f"{text}  pipelined {row['pipelined_ms']:.3f} ms, transfer {row['transfer_ms']:.3f} ms"
+        times = f"pipelined {row['pipelined_ms']:.3f} ms, transfer {row['transfer_ms']:.3f} ms"
+        return f"{text}  {row['layers']} layers, {times}"
     shares = f"{row['share_of_copy']:6.1%} of copy, {row['share_of_bound']:6.1%} of bound"
     if row["op"] == "sweep":
         return f"{text}  {row['table_rows']:>9} rows, {row['units']:>5} units, {row['warps']} warps  {shares}"
@@ -158,6 +164,8 @@ def _draw(path: Path, rows: Sequence[Row], device: str) -> None:
 
 def _name(row: Row) -> str:
     name = f"{row['way']}, D {row['dim']}"
+    if row["op"] == "host":
+        return f"{name}, {row['layers']} layers" if row["layers"] else name
     return name if row["op"] != "sweep" else f"{name}, {row['units']}/{row['warps']}, {row['table_rows']:,}"
 
 
@@ -178,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     host.add_argument("--ids", type=int, default=16_384, help="of one request: its candidates")
     host.add_argument("--requests", type=int, default=16, help="different ones")
     host.add_argument("--history", type=int, default=1024, help="events of the user, encoded before the request")
-    host.add_argument("--layers", type=int, default=8)
+    host.add_argument("--layers", type=int, nargs="+", default=[8, 2], help="of each model to score with")
     fastest = "triton" if torch.cuda.is_available() else "auto"
     host.add_argument("--backend", default=fastest, help="of attention and gather")
     host.add_argument("--seconds", type=float, default=1.0, help="aim for each measurement")

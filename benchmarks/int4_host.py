@@ -14,14 +14,15 @@ from torch import Tensor
 from benchmarks.int4_measure import Row, device_times, expect_close, random_table
 from benchmarks.mfalcon import make_config
 from benchmarks.timing import Spread, synchronize
-from hstu_kernels import JaggedLayout
+from hstu_kernels import Backend, JaggedLayout
 from hstu_kernels.int4 import PackedRows, gather_rows
+from hstu_kernels.int4.distinct import can_read_host_rows
 from hstu_plugin.events import Events
 from hstu_plugin.feature_tables import FeatureTables
 from hstu_plugin.mfalcon_serving import MFalconServer, ServingRequest
 from hstu_plugin.ranking_config import Categorical, RankingConfig, RankingFeatures, TaskConfig, TokenForm
 from hstu_plugin.ranking_model import RankingModel
-from hstu_plugin.serving_tables import ServingTable
+from hstu_plugin.serving_tables import ServingTable, Transfer
 
 _FEWEST, _MOST = 5, 200
 _EPOCH = 1_700_000_000
@@ -36,7 +37,7 @@ class HostCase:
 
     Attributes:
         dim: width of the rows. table_rows: of the item table. ids: candidates of a request. requests: different ones.
-        history: events of the user, in the cache. layers: of the model. backend: of attention and gather.
+        history: events of the user, in the cache. layers: of each model that scores. backend: of attention and gather.
     """
 
     dim: int
@@ -44,53 +45,72 @@ class HostCase:
     ids: int
     requests: int
     history: int
-    layers: int
+    layers: Sequence[int]
     backend: str
 
 
 def host_times(device: torch.device, case: HostCase, *, seconds: float) -> Iterator[Row]:
     """Requests of random ids from a float16 and an int4 table in host memory, serially and overlapped.
 
+    ``float16`` and ``int4``: the CPU gathers rows for a copy; with ``-read`` the device reads them, where it can.
     ``p50_ms`` is a request alone, from ids on the CPU to rows (of ``mfalcon-*``: scores) on the device;
     ``pipelined_ms`` the time for each when the next rows are fetched meanwhile; ``transfer_ms`` the copy of its bytes
-    alone; ``mb`` those bytes.
+    alone; ``mb`` those bytes. On a GPU, M-FALCON scores from CUDA graphs.
 
     Raises:
         RuntimeError: rows or scores are not those of the definition; nothing is reported then.
     """
     generator = torch.Generator().manual_seed(0)
     asked = [torch.randint(0, case.table_rows, (case.ids,), generator=generator) for _ in range(case.requests)]
+    transfers = [Transfer.COPY]
+    if can_read_host_rows(device) and case.backend == Backend.TRITON:
+        transfers.append(Transfer.READ)
     for name, make in (("float16", _dense_table), ("int4", _packed_table)):
         rows = make(case)
-        table = ServingTable(rows, device=device, placement="host", backend=case.backend)
-        _check_rows(name, table, rows, asked[0])
-        table.reset_counts()
-        serial = _serial(lambda ids, table=table: table(ids), asked, device, seconds)  # type: ignore[misc]
-        overlapped = _overlapped(lambda some, table=table: _rows_ahead(table, some), asked, device, seconds)  # type: ignore[misc]
-        counts = table.reset_counts()
-        moved = counts.bytes / counts.requests
-        transfer = _transfer(int(moved), device)
-        common = {
-            "dim": case.dim,
-            "table_rows": case.table_rows,
-            "table_gib": table.nbytes / 2**30,
-            "ids": case.ids,
-            "mb": moved / 1e6,
-            "transfer_p20_ms": transfer.p20,
-            "transfer_ms": transfer.p50,
-            "transfer_p80_ms": transfer.p80,
-        }
-        yield {"op": "host", "way": name, **common, **_three(serial), "pipelined_ms": overlapped, "layers": 0}
-        with _server(rows, case, device) as server:
+        for transfer in transfers:
+            way = name if transfer is Transfer.COPY else f"{name}-{transfer}"
+            yield from _way_times(way, rows, transfer, asked, device, case, seconds)
+        del rows
+
+
+def _way_times(
+    way: str,
+    rows: PackedRows | Tensor,
+    transfer: Transfer,
+    asked: Sequence[Tensor],
+    device: torch.device,
+    case: HostCase,
+    seconds: float,
+) -> Iterator[Row]:
+    table = ServingTable(rows, device=device, placement="host", backend=case.backend, in_flight=3, transfer=transfer)
+    _check_rows(way, table, rows, asked[0])
+    table.reset_counts()
+    serial = _serial(table, asked, device, seconds)
+    overlapped = _overlapped(lambda some: _rows_ahead(table, some), asked, device, seconds)
+    counts = table.reset_counts()
+    moved = counts.bytes / counts.requests
+    copied = _transfer(int(moved), device)
+    common = {
+        "dim": case.dim,
+        "table_rows": case.table_rows,
+        "table_gib": table.nbytes / 2**30,
+        "ids": case.ids,
+        "mb": moved / 1e6,
+        "transfer_p20_ms": copied.p20,
+        "transfer_ms": copied.p50,
+        "transfer_p80_ms": copied.p80,
+    }
+    yield {"op": "host", "way": way, **common, **_three(serial), "pipelined_ms": overlapped, "layers": 0}
+    for layers in case.layers:
+        with _server(table, layers, case, device) as server:
             requests = [_request(ids, case) for ids in asked]
-            _check_scores(name, server, requests)
+            _check_scores(way, server, requests)
             serial = _serial(server.score, requests, device, seconds)
             overlapped = _overlapped(server.stream, requests, device, seconds)
         yield {
-            "op": "host", "way": f"mfalcon-{name}", **common, **_three(serial), "pipelined_ms": overlapped,
-            "layers": case.layers,
+            "op": "host", "way": f"mfalcon-{way}", **common, **_three(serial), "pipelined_ms": overlapped,
+            "layers": layers,
         }  # fmt: skip
-        del table, rows, server
 
 
 def _packed_table(case: HostCase) -> PackedRows:
@@ -127,20 +147,19 @@ def _rows_ahead(table: ServingTable, asked: Iterable[Tensor]) -> Iterator[Tensor
         yield table.rows(ahead)
 
 
-def _server(rows: PackedRows | Tensor, case: HostCase, device: torch.device) -> MFalconServer:
+def _server(table: ServingTable, layers: int, case: HostCase, device: torch.device) -> MFalconServer:
     """HSTU of ``layers`` layers whose user is in the cache; the history's rows come from the table as well."""
     features = RankingFeatures(
         items=(Categorical(name="item", num_ids=2),), action_types=("click",), form=TokenForm.SUMMED
     )
-    config = make_config("hstu", case.layers, case.dim, min(4, case.dim), max(1, case.history), case.backend)
+    config = make_config("hstu", layers, case.dim, min(4, case.dim), max(1, case.history), case.backend)
     ranking = RankingConfig(tasks=(TaskConfig(name="click"), TaskConfig(name="share")))
     torch.manual_seed(0)
     model = RankingModel(features, config, ranking).to(device, torch.bfloat16).eval()
     with torch.device("meta"):
         # The model's own item rows would take memory and are never read.
         model.embedding.items = FeatureTables((Categorical(name="item", num_ids=case.table_rows),), case.dim)
-    table = ServingTable(rows, device=device, placement="host", backend=case.backend, in_flight=3)
-    server = MFalconServer(model, table, micro_batch_size=case.ids)
+    server = MFalconServer(model, table, micro_batch_size=case.ids, cuda_graphs=device.type == "cuda")
     ids = torch.randint(0, case.table_rows, (case.history, 1), generator=torch.Generator().manual_seed(1))
     none = ids.new_zeros(case.history, 0)
     history = Events(

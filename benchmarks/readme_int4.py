@@ -19,16 +19,20 @@ WAYS = {
     "eager": "PyTorch operations",
     "triton": "Triton",
     "triton-action-position": "Triton, + action + position",
-    "fbgemm": "FBGEMM",
+    "fbgemm-tbe": "FBGEMM",
     "float16": "float16 rows",
     "int4": "int4 rows",
+    "float16-read": "float16 rows, read by the device",
+    "int4-read": "int4 rows, read by the device",
     "mfalcon-float16": "M-FALCON, float16 rows",
     "mfalcon-int4": "M-FALCON, int4 rows",
+    "mfalcon-float16-read": "M-FALCON, float16 rows, read by the device",
+    "mfalcon-int4-read": "M-FALCON, int4 rows, read by the device",
 }
 
 
 def quantized(root: Path) -> tuple[list[str], Cells, list[str]]:
-    """Header, rows and remarks: size and metrics before and after, the mean over the seeds of a model.
+    """Header, rows and remarks: size and metrics before and after, means over the seeds of a model and their spread.
 
     Raises:
         ValueError: nothing is recorded, or a file is of another format.
@@ -53,6 +57,9 @@ def quantized(root: Path) -> tuple[list[str], Cells, list[str]]:
             before, after = (fmean(r[part][name] for r in reports) for part in ("metrics_before", "metrics_after"))
             shown = f"{task} {SHOWN[metric]}".strip()
             change = f"{after / before - 1:+.2%}" if before else "-"
+            if len(reports) > 1 and all(r["metrics_before"][name] for r in reports):
+                own = [r["metrics_after"][name] / r["metrics_before"][name] - 1 for r in reports]
+                change += f" ({min(own):+.2%} to {max(own):+.2%})"
             cells = [f"{dataset}, {model}", str(len(records)), what, f"{smaller:.2f}x", shown]
             rows.append([*cells, f"{before:.4f}", f"{after:.4f}", change])
         remarks.append(f"{dataset}, {model}, {what}: {_origin(records)}")
@@ -93,6 +100,7 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], Cells]:
         [
             WAYS.get(row["way"], row["way"]),
             str(row["dim"]),
+            str(row["layers"] or "-"),
             f"{row['ids']:,}",
             f"{row['mb']:.1f}",
             *(f"{row[name]:.2f}" for name in ("transfer_ms", "p50_ms", "pipelined_ms")),
@@ -100,7 +108,16 @@ def _host(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], Cells]:
         ]
         for row in rows
     ]
-    header = ["table in host memory", "D", "rows of a request", "MB", "copy, ms", "request, ms", "overlapped, ms"]
+    header = [
+        "table in host memory",
+        "D",
+        "layers",
+        "rows of a request",
+        "MB",
+        "copy, ms",
+        "request, ms",
+        "overlapped, ms",
+    ]
     return [*header, "requests/s"], cells
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,15 +74,15 @@ class Events:
         moved = replace(self.layout, seq_offsets=offsets)
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), moved)
 
-    def pin_memory(self) -> Events:
-        """The same events in pinned host memory, from which copies to a GPU run beside everything else."""
-        offsets = self.layout.seq_offsets.pin_memory()
-        return self._map(lambda tensor: tensor.pin_memory(), replace(self.layout, seq_offsets=offsets))
+    def columns(self) -> list[Tensor]:
+        """All columns but the items, for `with_columns`."""
+        columns = [self.action_types, self.intensities, self.action_contexts, self.series]
+        return columns if self.timestamps is None else [*columns, self.timestamps]
 
-    def tensors(self) -> list[Tensor]:
-        """All that it holds."""
-        columns = (self.items, self.action_types, self.intensities, self.action_contexts, self.series)
-        return [self.layout.seq_offsets, *columns, *([] if self.timestamps is None else [self.timestamps])]
+    def with_columns(self, layout: JaggedLayout, columns: Sequence[Tensor]) -> Events:
+        """The same items beside other `columns`, on another device, too."""
+        types, intensities, contexts, series, *times = columns
+        return Events(layout, self.items, times[0] if times else None, types, intensities, contexts, series)
 
     def as_sequence(self, values: Tensor) -> JaggedSequence:
         """``values [E, ...]``, one row for each event, at the events' times."""

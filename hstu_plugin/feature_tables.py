@@ -55,13 +55,23 @@ class FeatureTables(nn.Module):
             IndexError: an id is outside its table. On a GPU the program ends with a device assertion, as
                 ``nn.Embedding`` does, so that no device is asked.
         """
-        if ids.dim() != 2 or ids.shape[1] != len(self):
-            raise ValueError(f"ids: expected [R, {len(self)}] for {', '.join(self.names)}, got {tuple(ids.shape)}")
-        self._check(ids)
+        rows = self.places(ids)
         if self.rows is None:
             return torch.zeros(ids.shape[0], 0, self.width, device=ids.device)
-        found: Tensor = self.rows(ids + self.starts)
+        found: Tensor = self.rows(rows)
         return found
+
+    def places(self, ids: Tensor) -> Tensor:
+        """``[R, features]`` rows of the joint table; arguments and errors of `forward`, on any device."""
+        if ids.dim() != 2 or ids.shape[1] != len(self):
+            raise ValueError(f"ids: expected [R, {len(self)}] for {', '.join(self.names)}, got {tuple(ids.shape)}")
+        limits, starts = self.limits, self.starts
+        if ids.device != limits.device:
+            # Ids that wait on the CPU for a model on a GPU: made anew, as reading the GPU would wait for it.
+            limits = torch.tensor(self.sizes, dtype=torch.int64, device=ids.device)
+            starts = limits.cumsum(0) - limits
+        self._check(ids, limits)
+        return ids + starts
 
     def one(self, feature: int, ids: Tensor) -> Tensor:
         """``[R, D]`` of one feature alone; ``ids [R]`` int64."""
@@ -69,11 +79,11 @@ class FeatureTables(nn.Module):
         found: Tensor = self.rows(ids + sum(self.sizes[:feature]))
         return found
 
-    def _check(self, ids: Tensor) -> None:
+    def _check(self, ids: Tensor, limits: Tensor) -> None:
         # An id beyond its own table would silently read the next feature's.
         if torch.compiler.is_compiling():
             return
-        inside = (ids >= 0) & (ids < self.limits)
+        inside = (ids >= 0) & (ids < limits)
         if ids.is_cuda:
             torch._assert_async(inside.all())
         elif not bool(inside.all()):

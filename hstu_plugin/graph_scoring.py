@@ -146,6 +146,7 @@ class _Step:
                 self._forward()
         torch.cuda.current_stream(self._rows.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads go on allocating and copying meanwhile, such as those that fetch the next requests.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._out = self._forward()
         self._graph = graph

@@ -101,7 +101,7 @@ class MFalconRanker:
         Args:
             history: ``[contextual | history]`` token vectors ``[L, D]`` without targets; users may have none.
             candidates: token vectors ``[T, D]``, one sequence of any length for each user; their timestamps are the
-                request times where the model has a time bias.
+                request times where the model has a time bias. The layout may stay on the CPU, where it is read.
 
         Returns:
             ``[T, num_tasks]`` in the candidates' order, as `HSTURanker.forward` gives them.
@@ -237,7 +237,7 @@ class MFalconRanker:
             values = candidates.values[part.first : part.last]
             times = None if candidates.timestamps is None else candidates.timestamps[part.first : part.last]
             # A graph reads its counts from buffers of its own.
-            device = layout.device if self._graphs is None else "cpu"
+            device = values.device if self._graphs is None else "cpu"
             targets = JaggedSequence(values, JaggedLayout.from_counts(part.counts, device=device), times)
             if self._graphs is None:
                 rows.append(self._decode(targets, own))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
@@ -22,7 +22,7 @@ from hstu_plugin.mfalcon import MFalconRanker
 from hstu_plugin.quantized_embedding import QuantizedEmbedding
 from hstu_plugin.ranking_model import RankingModel
 from hstu_plugin.sequence import JaggedSequence
-from hstu_plugin.serving_tables import Placement, Prefetched, ServingTable
+from hstu_plugin.serving_tables import Placement, Prefetched, ServingTable, Transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +50,15 @@ class ServingRequest:
 
 @dataclass(frozen=True, slots=True)
 class _OnTheWay:
-    """A request's data: item rows by table, and the other columns on the device."""
+    """A request's data: item rows, and all that is read beside them, on the device.
+
+    Items of the events stay on the CPU, and so does the layout of the candidates, which is read there.
+    """
 
     rows: Prefetched
     history: Events | None
     candidates: Events
     contextual: Tensor | None
-    ready: torch.cuda.Event | None
 
 
 class ServedEmbedding(nn.Module):
@@ -112,15 +114,10 @@ class MFalconServer:
                 f"table: expected rows, width, dtype and device of the model's items {expected}, got {facts}; "
                 "ServingTable(dtype=..., device=...) sets the last two"
             )
-        # Read by the thread, so on the CPU whatever the model computes on.
-        self._limits = torch.tensor(items.sizes)
-        self._starts = self._limits.cumsum(0) - self._limits
         self.scorer = MFalconRanker(model.ranker, micro_batch_size=micro_batch_size, cuda_graphs=cuda_graphs)
         context = len(model.embedding.features.users)
         self.cache = self.scorer.new_cache(contextual_seq_len=context) if cache is None else cache
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mfalcon-rows")
-        on_gpu = self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_model(
@@ -133,6 +130,7 @@ class MFalconServer:
         micro_batch_size: int,
         cuda_graphs: bool = False,
         ahead: int = 1,
+        transfer: Transfer | str = Transfer.COPY,
     ) -> MFalconServer:
         """A server for a model whose item tables are quantised (`hstu_plugin.quantize`) or in full precision.
 
@@ -142,7 +140,7 @@ class MFalconServer:
         Args:
             model: changed in place; it goes on working, its item rows then come from the same tables without overlap.
             device: where to compute.
-            placement: of the item tables.
+            placement, transfer: of the item tables, as of `ServingTable`.
             backend: of the dequantising gather.
             micro_batch_size, cuda_graphs, ahead: as in the constructor.
         """
@@ -159,6 +157,7 @@ class MFalconServer:
             dtype=dtype,
             backend=backend,
             in_flight=ahead + 1,
+            transfer=transfer,
         )
         # One of its own for the model's lookups, over the same memory: a table serves one thread.
         own = ServingTable(table.source, device=device, placement=placement, dtype=dtype, backend=backend)
@@ -180,13 +179,19 @@ class MFalconServer:
         return self._scored(request, self._worker.submit(self._fetch, request))
 
     def stream(self, requests: Iterable[ServingRequest]) -> Iterator[Tensor]:
-        """Scores of each request, in their order; the rows of the next ``ahead`` come while one is scored."""
+        """Scores of each request, in their order; the rows of the next ``ahead`` come while one is scored.
+
+        On a GPU scores are given out before they are computed; the host is at most ``ahead`` requests in front.
+        """
         waiting: deque[tuple[ServingRequest, Future[_OnTheWay]]] = deque()
+        scored: deque[torch.cuda.Event] = deque()
         for request in requests:
             waiting.append((request, self._worker.submit(self._fetch, request)))
             if len(waiting) > self.ahead:
+                self._keep_pace(scored)
                 yield self._scored(*waiting.popleft())
         while waiting:
+            self._keep_pace(scored)
             yield self._scored(*waiting.popleft())
 
     def close(self) -> None:
@@ -203,33 +208,37 @@ class MFalconServer:
 
     def _fetch(self, request: ServingRequest) -> _OnTheWay:
         """In the thread: item rows and all other columns start their way to the device."""
-        parts = [events for events in (request.history, request.candidates) if events is not None]
-        rows = self.table.prefetch(self._places(torch.cat([events.items for events in parts])))
-        if self._stream is None:
-            return _OnTheWay(rows, request.history, request.candidates, request.contextual, None)
-        with torch.cuda.stream(self._stream):
-            history = None if request.history is None else request.history.pin_memory().to(self.device)
-            candidates = request.candidates.pin_memory().to(self.device)
-            contextual = request.contextual
-            if contextual is not None:
-                contextual = contextual.pin_memory().to(self.device, non_blocking=True)
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(self._stream)
-        return _OnTheWay(rows, history, candidates, contextual, ready)
+        history, candidates = request.history, request.candidates
+        parts = [events for events in (history, candidates) if events is not None]
+        for events in parts:
+            events.layout.check_rows("items", events.items.shape[0])
+        places = self.model.embedding.items.places(torch.cat([events.items for events in parts]))
+        columns: list[Tensor] = []
+        if history is not None:
+            columns += [history.layout.seq_offsets, *history.columns()]
+        if candidates.timestamps is not None:
+            columns.append(candidates.timestamps)
+        if request.contextual is not None:
+            columns.append(request.contextual)
+        rows = self.table.prefetch(places.reshape(-1), beside=columns)
+        there = iter(rows.beside)
+        if history is not None:
+            # Checked above, where it costs nothing.
+            layout = replace(history.layout, seq_offsets=next(there)).vouched(history.items.shape[0])
+            history = history.with_columns(layout, [next(there) for _ in history.columns()])
+        if candidates.timestamps is not None:
+            candidates = replace(candidates, timestamps=next(there))
+        return _OnTheWay(rows, history, candidates, None if request.contextual is None else next(there))
 
-    def _places(self, ids: Tensor) -> Tensor:
-        """``[E * features]`` rows of the table; ids ``[E, features]`` on the CPU."""
-        names = self.model.embedding.items.names
-        if ids.shape[1] != len(names):
-            raise ValueError(f"items: expected {len(names)} columns as RankingFeatures.items, got {ids.shape[1]}")
-        outside = ((ids < 0) | (ids >= self._limits)).nonzero()
-        if outside.numel():
-            row, column = outside[0].tolist()
-            raise ValueError(
-                f"items: expected ids in [0, {int(self._limits[column])}) of {names[column]!r}, got "
-                f"{int(ids[row, column])}"
-            )
-        return (ids + self._starts).reshape(-1)
+    def _keep_pace(self, scored: deque[torch.cuda.Event]) -> None:
+        """Wait for the request before the last ``ahead``: a host far in front would only fill the device's memory."""
+        if self.device.type != "cuda":
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        scored.append(event)
+        if len(scored) > self.ahead:
+            scored.popleft().synchronize()
 
     @torch.no_grad()
     def _scored(self, request: ServingRequest, fetched: Future[_OnTheWay]) -> Tensor:
@@ -242,16 +251,11 @@ class MFalconServer:
         return self.scorer.score_cached(self.cache, request.cached, candidates)
 
     def _tokens(self, fetched: _OnTheWay) -> tuple[JaggedSequence | None, JaggedSequence]:
-        if fetched.ready is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(fetched.ready)
-            parts = [events for events in (fetched.history, fetched.candidates) if events is not None]
-            extra = [] if fetched.contextual is None else [fetched.contextual]
-            # Allocated on the copying stream: not to be used again there before this stream is done with them.
-            for tensor in [*extra, *(tensor for events in parts for tensor in events.tensors())]:
-                tensor.record_stream(stream)
-        # As `FeatureTables` and `TokenBuilder` do it: [E, features, D], summed.
-        vectors = self.table.rows(fetched.rows).view(-1, len(self._limits), self.table.dim).sum(1)
+        vectors = self.table.rows(fetched.rows)
+        features = len(self.model.embedding.items)
+        if features > 1:
+            # As `FeatureTables` and `TokenBuilder` do it: [E, features, D], summed.
+            vectors = vectors.view(-1, features, self.table.dim).sum(1)
         history, embedding = None, self.model.embedding
         if fetched.history is not None:
             count = fetched.history.items.shape[0]

@@ -1,14 +1,16 @@
 """Embedding tables for serving: rows stay packed until they are on the device that needs them.
 
 A table lies in host memory (pinned beside a GPU) or in the memory of the device. With a host table the distinct rows of
-a request are gathered on the CPU, copied packed, and turned into numbers on the device. `ServingTable.prefetch` gathers
-and starts the copy on a stream of its own, so that both run while the device computes the previous request.
+a request travel packed, and become numbers on the device: the CPU gathers them and they are copied, or the device reads
+them where they lie. `ServingTable.prefetch` starts that on a stream of its own, so that it runs while the device
+computes the previous request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from hstu_kernels import Backend
 from hstu_kernels.int4 import AddedRows, PackedRows, gather_rows
+from hstu_kernels.int4.distinct import choose_places, read_host_rows
 from hstu_plugin.quantized_embedding import QuantizedEmbedding
+from hstu_plugin.staging import Staging
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -28,6 +32,13 @@ class Placement(StrEnum):
     DEVICE = "device"
 
 
+class Transfer(StrEnum):
+    """How rows of a host table travel: ``COPY``: the CPU gathers them, one copy. ``READ``: the device reads them."""
+
+    COPY = "copy"
+    READ = "read"
+
+
 @dataclass(slots=True)
 class TransferCounts:
     """What went from host to device since the table was made or `ServingTable.reset_counts` was called.
@@ -36,7 +47,7 @@ class TransferCounts:
         requests: prefetches.
         rows: ids asked for.
         unique_rows: rows copied.
-        bytes: of rows and ids.
+        bytes: of rows and of what says where they are.
     """
 
     requests: int = 0
@@ -52,12 +63,24 @@ class Prefetched:
     Attributes:
         table: the rows of the request, on the device: packed, or dense.
         ids: ``[L]`` where in ``table`` each row of the request lies.
+        beside: the tensors that came along.
         ready: what the device has to wait for; ``None`` where nothing runs in the background.
     """
 
     table: PackedRows | Tensor
     ids: Tensor
+    beside: tuple[Tensor, ...]
     ready: torch.cuda.Event | None
+
+    def wait(self, stream: torch.cuda.Stream) -> None:
+        """Let ``stream`` wait until all has arrived."""
+        if self.ready is None:
+            return
+        stream.wait_event(self.ready)
+        # Allocated on the copying stream: not to be used again there before this stream is done with them.
+        held = self.table.data if isinstance(self.table, PackedRows) else self.table
+        for tensor in (held, self.ids, *self.beside):
+            tensor.record_stream(stream)
 
 
 class ServingTable:
@@ -73,9 +96,14 @@ class ServingTable:
         dtype: of the rows that come out.
         backend: of the dequantising gather (`hstu_kernels.int4.gather_rows`).
         in_flight: prefetches whose copies may be under way at once; staging memory for each.
+        transfer: ``copy``: the CPU gathers the distinct rows into pinned memory, from where they are copied. ``read``:
+            ids alone are copied, and the device reads the distinct rows out of the pinned table itself, so that a
+            request costs the CPU next to nothing; needs a table in host memory, an NVIDIA GPU and Triton. Either
+            keeps four bytes for each row of the table, on the CPU or on the device.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, or out of their range.
+        UnsupportedBackend: ``transfer="read"`` without Triton, or for a device that it does not serve.
     """
 
     def __init__(
@@ -87,9 +115,14 @@ class ServingTable:
         dtype: torch.dtype = torch.bfloat16,
         backend: Backend | str = Backend.AUTO,
         in_flight: int = 2,
+        transfer: Transfer | str = Transfer.COPY,
     ) -> None:
         if placement not in list(Placement):
             raise ValueError(f"placement: expected one of {', '.join(Placement)}, got {placement!r}")
+        if transfer not in list(Transfer):
+            raise ValueError(f"transfer: expected one of {', '.join(Transfer)}, got {transfer!r}")
+        if transfer == Transfer.READ and placement != Placement.HOST:
+            raise ValueError("transfer: expected copy for a table on the device, got read; only host rows are read")
         if dtype not in _DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         if not isinstance(in_flight, int) or in_flight < 1:
@@ -103,7 +136,7 @@ class ServingTable:
         if not isinstance(packed, Tensor | PackedRows):
             raise TypeError(f"rows: expected PackedRows, QuantizedEmbedding or a tensor, got {type(rows).__name__}")
         self.device = torch.device(device)
-        self.placement = Placement(placement)
+        self.placement, self.transfer = Placement(placement), Transfer(transfer)
         self.dtype, self.backend = dtype, backend
         data = packed.data if isinstance(packed, PackedRows) else packed.detach().contiguous()
         self._dim = packed.dim if isinstance(packed, PackedRows) else packed.shape[1]
@@ -116,9 +149,22 @@ class ServingTable:
             if on_gpu and not self._data.is_pinned():
                 self._data = self._data.pin_memory()
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._staging = [_Staging(pinned=on_gpu) for _ in range(in_flight)]
+        self._staging = [Staging(self.device) for _ in range(in_flight)]
         self._turn = 0
-        self.counts = TransferCounts()
+        self._counts = TransferCounts()
+        # Where each row's latest id stands in its request, and how many rows the device has read.
+        self._places: Tensor | None = None
+        self._distinct: Tensor | None = None
+        if self.placement is Placement.HOST:
+            home = self.device if self.transfer is Transfer.READ else torch.device("cpu")
+            with self._on_stream():
+                self._places = torch.zeros(self.num_rows, dtype=torch.int32, device=home)
+        if self.transfer is Transfer.READ:
+            with self._on_stream():
+                self._distinct = torch.zeros(1, dtype=torch.int64, device=self.device)
+            # Compiled where the table is made, not in front of the first request.
+            self.prefetch(torch.zeros(min(1, self.num_rows), dtype=torch.int64))
+            self.reset_counts()
 
     @property
     def source(self) -> PackedRows | Tensor:
@@ -140,12 +186,22 @@ class ServingTable:
         """Bytes of the table, where it lies."""
         return self._data.numel() * self._data.element_size()
 
-    def prefetch(self, ids: Tensor) -> Prefetched:
+    @property
+    def counts(self) -> TransferCounts:
+        """What has gone to the device so far; where the device reads, it is asked and waited for."""
+        if self._distinct is not None:
+            with self._on_stream():
+                self._counts.unique_rows = int(self._distinct)
+        row_bytes = self._data.shape[1] * self._data.element_size()
+        return replace(self._counts, bytes=self._counts.bytes + row_bytes * self._counts.unique_rows)
+
+    def prefetch(self, ids: Tensor, *, beside: Sequence[Tensor] = ()) -> Prefetched:
         """Start to bring rows to the device.
 
         Args:
             ids: ``[L]`` int64 or int32, best on the CPU, where requests arrive: ids on a GPU are waited for when the
                 table lies in host memory.
+            beside: other tensors of the CPU that go to the device in the same copy.
 
         Raises:
             TypeError, ValueError: ids of a wrong type or shape, or (looked at on the CPU only) outside the table.
@@ -154,20 +210,20 @@ class ServingTable:
             raise TypeError(f"ids: expected an int64 or int32 tensor, got {ids.dtype}")
         if ids.dim() != 1:
             raise ValueError(f"ids: expected [L], got {tuple(ids.shape)}")
-        self.counts.requests += 1
-        self.counts.rows += ids.numel()
-        if self.placement is Placement.DEVICE:
-            return self._prefetch_ids(ids)
+        self._counts.requests += 1
+        self._counts.rows += ids.numel()
+        on_device = self.placement is Placement.DEVICE
+        if on_device and ids.device.type != "cpu":
+            _, extra, ready = self._sent((), (), beside)
+            return Prefetched(self._table(self._data), ids.to(self.device), extra, ready)
         ids = ids.cpu()
         self._refuse_outside(ids)
-        distinct, places = torch.unique(ids, return_inverse=True)
-        staging = self._next_staging()
-        rows = staging.take("rows", (distinct.numel(), self._data.shape[1]), self._data.dtype)
-        torch.index_select(self._data, 0, distinct, out=rows)
-        where = staging.take("ids", places.shape, places.dtype).copy_(places)
-        (there, where), ready = self._copied(staging, rows, where)
-        self.counts.unique_rows += distinct.numel()
-        return Prefetched(self._table(there), where, ready)
+        if on_device:
+            (there,), extra, ready = self._sent((), (ids,), beside)
+            return Prefetched(self._table(self._data), there, extra, ready)
+        if self._distinct is not None:
+            return self._read(ids.long(), beside)
+        return self._gathered(ids.long(), beside)
 
     def rows(
         self,
@@ -179,12 +235,7 @@ class ServingTable:
     ) -> Tensor:
         """``[L, D]`` of a prefetched request, on the current stream; optional terms as in `gather_rows`."""
         if prefetched.ready is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(prefetched.ready)
-            # Allocated on the copying stream: not to be used again there before this stream is done with them.
-            held = prefetched.table.data if isinstance(prefetched.table, PackedRows) else prefetched.table
-            for tensor in (held, prefetched.ids):
-                tensor.record_stream(stream)
+            prefetched.wait(torch.cuda.current_stream(self.device))
         if isinstance(prefetched.table, PackedRows):
             return gather_rows(
                 prefetched.table,
@@ -208,23 +259,67 @@ class ServingTable:
 
     def reset_counts(self) -> TransferCounts:
         """The counts so far; they start anew."""
-        counts, self.counts = self.counts, TransferCounts()
+        counts, self._counts = self.counts, TransferCounts()
+        if self._distinct is not None:
+            with self._on_stream():
+                self._distinct.zero_()
         return counts
 
     def _table(self, data: Tensor) -> PackedRows | Tensor:
         return data if self._format is None else PackedRows(data, self._dim, self._format)
 
-    def _prefetch_ids(self, ids: Tensor) -> Prefetched:
-        if ids.device.type != "cpu":
-            return Prefetched(self._table(self._data), ids.to(self.device), None)
-        self._refuse_outside(ids)
-        staging = self._next_staging()
-        (there,), ready = self._copied(staging, staging.take("ids", ids.shape, ids.dtype).copy_(ids))
-        return Prefetched(self._table(self._data), there, ready)
+    def _gathered(self, ids: Tensor, beside: Sequence[Tensor]) -> Prefetched:
+        """The CPU gathers the distinct rows."""
+        assert self._places is not None
+        chosen = choose_places(ids, self._places)
+        first = chosen == torch.arange(ids.shape[0], dtype=torch.int32)
+        distinct = ids[first]
+        # The number of chosen places before each, so that rows lie without gaps.
+        where = (first.cumsum(0, dtype=torch.int32) - 1).index_select(0, chosen)
+        self._counts.unique_rows += distinct.numel()
+        (rows, where), extra, ready = self._sent([distinct], [where], beside)
+        return Prefetched(self._table(rows), where, extra, ready)
 
-    def _next_staging(self) -> _Staging:
+    def _read(self, ids: Tensor, beside: Sequence[Tensor]) -> Prefetched:
+        """The device reads the distinct rows."""
+        assert self._places is not None
+        assert self._distinct is not None
+        with self._on_stream():
+            (there,), extra, _ = self._sent((), (ids,), beside)
+            chosen = choose_places(there, self._places)
+            rows = read_host_rows(self._data.view(torch.uint8), there, chosen, self._distinct)
+            ready = self._mark()
+        return Prefetched(self._table(rows.view(self._data.dtype)), chosen, extra, ready)
+
+    def _sent(
+        self, picked: Sequence[Tensor], ids: Sequence[Tensor], beside: Sequence[Tensor]
+    ) -> tuple[list[Tensor], tuple[Tensor, ...], torch.cuda.Event | None]:
+        """Rows ``picked`` of the table and other tensors on the device: rows and ids, what goes beside, the event."""
         self._turn = (self._turn + 1) % len(self._staging)
-        return self._staging[self._turn]
+        staging = self._staging[self._turn]
+        width, whole = self._data.shape[1], [*ids, *beside]
+        kinds = [((p.numel(), width), self._data.dtype) for p in picked] + [(t.shape, t.dtype) for t in whole]
+        filled = staging.take(kinds)
+        for rows, chosen in zip(filled, picked, strict=False):
+            torch.index_select(self._data, 0, chosen, out=rows)
+        for area, tensor in zip(filled[len(picked) :], whole, strict=True):
+            area.copy_(tensor)
+        self._counts.bytes += sum(tensor.numel() * tensor.element_size() for tensor in ids)
+        with self._on_stream():
+            there = staging.send(self._stream)
+            ready = self._mark()
+        own = len(picked) + len(ids)
+        return there[:own], tuple(there[own:]), ready
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
 
     def _refuse_outside(self, ids: Tensor) -> None:
         if not ids.numel():
@@ -235,38 +330,3 @@ class ServingTable:
                 f"ids: expected ids in [0, {self.num_rows - 1}] for a table of {self.num_rows} rows, got {low} to "
                 f"{high}; map unknown ids to a row of the table"
             )
-
-    def _copied(self, staging: _Staging, *tensors: Tensor) -> tuple[list[Tensor], torch.cuda.Event | None]:
-        self.counts.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        if self._stream is None:
-            # A copy here as well: a later request writes to the staging memory again.
-            return [tensor.to(self.device, copy=True) for tensor in tensors], None
-        with torch.cuda.stream(self._stream):
-            there = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-            staging.busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            staging.busy.record(self._stream)
-        return there, staging.busy
-
-
-class _Staging:
-    """Memory from which the copies of one request go out; it grows, and is written again when they have arrived."""
-
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
-        self._memory: dict[str, Tensor] = {}
-        self.busy: torch.cuda.Event | None = None
-
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in this memory, its content undefined; waits for the last copy from it."""
-        if self.busy is not None:
-            self.busy.synchronize()
-            self.busy = None
-        needed = dtype.itemsize
-        for size in shape:
-            needed *= size
-        memory = self._memory.get(name)
-        if memory is None or memory.numel() < needed:
-            # Half as much again: requests grow in small steps.
-            memory = torch.empty(needed + needed // 2, dtype=torch.uint8, pin_memory=self._pinned)
-            self._memory[name] = memory
-        return memory[:needed].view(dtype).view(tuple(shape))

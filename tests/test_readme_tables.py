@@ -118,8 +118,11 @@ def test_quantised_models_are_means_over_seeds(root: Path) -> None:
     for seed, before, after in ((1, 0.2, 0.19), (2, 0.4, 0.4)):
         report.write_json(root / f"benchmarks/results/quantized-tiny-{seed}.json", quantised(seed, before, after))
     new = update_readme.updated(block("quantized"), root)
-    assert "| tiny, HSTU | 2 | int4, searched ranges | 8.00x | HR@10 | 0.3000 | 0.2950 | -1.67% |" in new
-    assert "| click NE | 2.0000 | 2.0200 | +1.00% |" in new
+    assert (
+        "| tiny, HSTU | 2 | int4, searched ranges | 8.00x | HR@10 | 0.3000 | 0.2950 | -1.67% (-5.00% to +0.00%) |"
+        in new
+    )
+    assert "| click NE | 2.0000 | 2.0200 | +1.00% (+1.00% to +1.00%) |" in new
     assert "MRR" not in new
     assert "- tiny, HSTU, int4, searched ranges: a CPU, torch 2.13, commit 0123456\n" in new
     report.write_json(root / "benchmarks/results/quantized-other.json", {"format": "other"})
@@ -132,14 +135,14 @@ def test_speed_of_quantised_tables(root: Path) -> None:
         update_readme.updated(block("int4"), root)
     row = {"dim": 128, "ids": 1000, "table_rows": 50_000, "p50_ms": 0.5, "mb": 8.0}
     gather = {**row, "op": "gather", "way": "triton", "gb_per_s": 1500.0, "share_of_copy": 0.5}
-    host = {**row, "op": "host", "way": "mfalcon-int4", "transfer_ms": 0.25, "pipelined_ms": 0.4}
+    host = {**row, "op": "host", "way": "mfalcon-int4", "transfer_ms": 0.25, "pipelined_ms": 0.4, "layers": 8}
     for op, version, rows in (("gather", 1, [gather, gather | {"share_of_bound": 0.6}]), ("host", 2, [host])):
         record = {"format": "hstu-plugin/int4-benchmark", "format_version": version, "rows": rows, **FACTS}
         report.write_json(root / f"benchmarks/results/int4-{op}.json", record)
     new = update_readme.updated(block("int4"), root)
     for bound in ("-", "60%"):
         assert f"| Triton | 128 | 1,000 of 50,000 rows | 0.500 | 1,500 | **50%** | {bound} |" in new
-    assert "| M-FALCON, int4 rows | 128 | 1,000 | 8.0 | 0.25 | 0.50 | 0.40 | 2,500 |" in new
+    assert "| M-FALCON, int4 rows | 128 | 8 | 1,000 | 8.0 | 0.25 | 0.50 | 0.40 | 2,500 |" in new
     assert new.count("- a CPU, torch 2.13, commit 0123456\n") == 2
 
 

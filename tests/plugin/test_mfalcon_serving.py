@@ -18,7 +18,7 @@ from hstu_plugin.mfalcon_serving import MFalconServer, ServingRequest
 from hstu_plugin.quantize import quantize
 from hstu_plugin.ranking_config import TokenForm
 from hstu_plugin.ranking_model import RankingModel
-from hstu_plugin.serving_tables import Placement, ServingTable
+from hstu_plugin.serving_tables import Placement, ServingTable, Transfer
 
 from .mfalcon_cases import ready
 from .ranking_cases import RANKING, make_events, make_features
@@ -38,20 +38,26 @@ on_devices = pytest.mark.parametrize("device", devices)
 in_places = pytest.mark.parametrize("placement", list(Placement))
 
 
-def make_model(*, quantised: bool = True, **options: Any) -> RankingModel:
+def make_model(*, quantised: bool = True, backend: str = "auto", **options: Any) -> RankingModel:
     torch.manual_seed(0)
-    config = HSTUConfig(embedding_dim=8, num_layers=2, num_heads=2, max_seq_len=40, dropout=0.0)
+    # Triton's attention takes no narrower heads.
+    wide = {"attention_dim": 32, "linear_dim": 32} if backend == "triton" else {}
+    sizes = {"embedding_dim": 8, "num_layers": 2, "num_heads": 2, "max_seq_len": 40, **wide}
+    config = HSTUConfig(**sizes, dropout=0.0, backend=backend)
     model: RankingModel = ready(RankingModel(make_features(**options), config, RANKING)).float()
     return quantize(model).module if quantised else model  # type: ignore[return-value]
 
 
-def make_request(model: RankingModel, seed: int = 0) -> ServingRequest:
+def make_request(model: RankingModel, seed: int = 0, times: int = 1) -> ServingRequest:
+    """Of four users; ``times`` as many candidates as `OFFERED`."""
     features = model.embedding.features
     generator = torch.Generator().manual_seed(seed)
     users = torch.stack([torch.randint(0, c.num_ids, (4,), generator=generator) for c in features.users], 1)
     history = make_events(HISTORY, features, seed=seed)
     return ServingRequest(
-        candidates=make_events(OFFERED, features, seed=seed + 1, start=20_000), history=history, contextual=users
+        candidates=make_events([times * count for count in OFFERED], features, seed=seed + 1, start=20_000),
+        history=history,
+        contextual=users,
     )
 
 
@@ -153,6 +159,33 @@ def test_cached_users_and_new_events(servers: list[MFalconServer], device: str) 
     assert not torch.allclose(first, wanted, rtol=1e-3)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that this PyTorch can use")
+@pytest.mark.parametrize("transfer", list(Transfer), ids=str)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_graphs_score_while_a_thread_fetches(servers: list[MFalconServer], backend: str, transfer: Transfer) -> None:
+    model = make_model(backend=backend)
+    # Different sizes: graphs are recorded while the thread brings the next rows.
+    requests = [make_request(model, seed, times=1 + 7 * (seed % 3)) for seed in range(9)]
+    wanted = [expected(model, request, "cuda") for request in requests]
+    options = {"backend": backend, "transfer": transfer, "ahead": 2, "device": "cuda"}
+    server = MFalconServer.from_model(model.cpu(), micro_batch_size=64, cuda_graphs=True, **options)
+    servers.append(server)
+    for _ in range(2):
+        for ours, theirs in zip(server.stream(requests), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    keys = ["ann", "bob", "cid", "dan"]
+    first = requests[0]
+    assert first.history is not None
+    server.prefill(keys, first.history, first.contextual)
+    later = [replace(request, history=None, contextual=None, cached=keys) for request in requests]
+    torch.testing.assert_close(server.score(later[0]), wanted[0], rtol=1e-4, atol=1e-5)
+    # Of a stream as of requests alone, to the bit.
+    alone = [server.score(request) for request in later]
+    for ours, theirs in zip(server.stream(later), alone, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_only_distinct_packed_rows_travel(servers: list[MFalconServer]) -> None:
     model = make_model()
     server = serve(servers, model)
@@ -165,8 +198,8 @@ def test_only_distinct_packed_rows_travel(servers: list[MFalconServer]) -> None:
     distinct = sum(ids[:, column].unique().numel() for column in range(len(sizes)))
     assert server.table.num_rows == sum(sizes)
     assert server.table.counts.unique_rows == distinct
-    # Four bytes of codes, four of scale and bias; int64 places.
-    assert server.table.counts.bytes == 8 * distinct + 8 * ids.numel()
+    # Four bytes of codes, four of scale and bias; int32 places.
+    assert server.table.counts.bytes == 8 * distinct + 4 * ids.numel()
 
 
 def test_the_models_device_holds_no_item_table(servers: list[MFalconServer]) -> None:
@@ -183,10 +216,10 @@ def test_errors_of_the_thread_reach_the_caller(servers: list[MFalconServer]) -> 
     good = make_request(server.model)
     offered = good.candidates
     wrong = replace(good, candidates=replace(offered, items=offered.items + 1000))
-    with pytest.raises(ValueError, match=r"items: expected ids in \[0, 20\) of '\w+', got 10\d\d"):
+    with pytest.raises(IndexError, match=r"\w+: expected ids in \[0, 20\), got \d+ to 10\d\d"):
         server.score(wrong)
     narrow = replace(offered, items=offered.items[:, :1])
-    with pytest.raises(ValueError, match=r"items: expected 2 columns as RankingFeatures.items, got 1"):
+    with pytest.raises(ValueError, match=r"ids: expected \[R, 2\] for \w+, \w+, got"):
         server.score(ServingRequest(candidates=narrow, history=_first_column(good.history)))
     assert torch.isfinite(server.score(good)).all()
 

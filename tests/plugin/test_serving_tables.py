@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hstu_kernels import UnsupportedBackend
+from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
 from hstu_kernels.int4 import AddedRows, PackedRows, RowFormat, gather_rows, pack_rows, unpack_rows
 from hstu_plugin.quantize import quantize
-from hstu_plugin.serving_tables import Placement, ServingTable, TransferCounts
+from hstu_plugin.serving_tables import Placement, ServingTable, Transfer, TransferCounts
 
 DEVICES = [
     "cpu",
@@ -20,6 +27,7 @@ DEVICES = [
         ],
     ),
 ]
+CASES = Path(__file__).with_name("interpreted_serving.py")
 both_devices = pytest.mark.parametrize("device", DEVICES)
 both_places = pytest.mark.parametrize("placement", list(Placement))
 
@@ -72,7 +80,7 @@ def test_only_distinct_rows_are_copied(device: str) -> None:
     ids = torch.tensor([5, 3, 5, 5, 9, 3])
     table(ids)
     table(torch.tensor([1]))
-    assert table.counts == TransferCounts(requests=2, rows=7, unique_rows=4, bytes=4 * 16 + 7 * 8)
+    assert table.counts == TransferCounts(requests=2, rows=7, unique_rows=4, bytes=4 * 16 + 7 * 4)
     assert table.reset_counts().requests == 2
     assert table.counts == TransferCounts()
 
@@ -83,7 +91,7 @@ def test_a_dense_table_copies_more() -> None:
         table = ServingTable(rows, dtype=torch.float16)
         out = table(torch.arange(60))
         assert out.shape == (60, 512)
-        counts[name] = table.counts.bytes - 60 * 8
+        counts[name] = table.counts.bytes - 60 * 4
     assert counts == {"half": 60 * 1024, "int4": 60 * 260}
 
 
@@ -124,6 +132,41 @@ def test_a_quantised_embedding_is_a_source() -> None:
     assert torch.equal(ServingTable(embedding, dtype=torch.float32)(ids), embedding(ids))  # type: ignore[arg-type]
 
 
+@both_devices
+@both_places
+def test_what_goes_beside_the_rows_arrives(device: str, placement: Placement) -> None:
+    table = ServingTable(dense(), device=device, placement=placement, dtype=torch.float32, in_flight=1)
+    ids = requests(1)[0]
+    columns = [torch.arange(3), torch.rand(2, 5), torch.zeros(0, 4), torch.tensor([True]), torch.arange(9).half()]
+    first = table.prefetch(ids, beside=columns)
+    # The same staging memory again.
+    second = table.prefetch(59 - ids, beside=[column.clone().zero_() for column in columns])
+    for one, wanted in ((first, ids), (second, 59 - ids)):
+        assert torch.equal(table.rows(one).cpu(), dense()[wanted])
+    for arrived, column in zip(first.beside, columns, strict=True):
+        assert arrived.device.type == device
+        assert arrived.dtype == column.dtype
+        assert torch.equal(arrived.cpu(), column)
+    assert not any(bool(arrived.any()) for arrived in second.beside)
+
+
+@pytest.mark.skipif((triton_release() or (0,)) < OLDEST_TRITON, reason="the kernels need Triton 3.4")
+@pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: run the cases themselves")
+def test_a_device_that_reads_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        capture_output=True,
+        text=True,
+        cwd=CASES.parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
 @both_places
 def test_an_empty_request(placement: Placement) -> None:
     table = ServingTable(pack_rows(dense()), placement=placement)
@@ -154,12 +197,35 @@ def test_bad_tables_are_refused() -> None:
         ServingTable(pack_rows(dense()), placement="disk")
     with pytest.raises(TypeError, match=r"dtype: expected one of .* got torch\.float64"):
         ServingTable(pack_rows(dense()), dtype=torch.float64)
+    with pytest.raises(ValueError, match="transfer: expected one of copy, read, got 'dma'"):
+        ServingTable(pack_rows(dense()), transfer="dma")
+    with pytest.raises(ValueError, match="transfer: expected copy for a table on the device, got read"):
+        ServingTable(pack_rows(dense()), placement="device", transfer="read")
+    if not interpreting():
+        with pytest.raises(UnsupportedBackend, match="triton"):
+            ServingTable(pack_rows(dense()), transfer="read")
     with pytest.raises(ValueError, match="in_flight: expected an int >= 1, got 0"):
         ServingTable(pack_rows(dense()), in_flight=0)
     with pytest.raises(ValueError, match=r"rows: expected packed rows or a dense .* got \(3,\)"):
         ServingTable(torch.zeros(3))
     with pytest.raises(TypeError, match=r"rows: expected PackedRows, .* got list"):
         ServingTable([1])  # type: ignore[arg-type]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that this PyTorch can use")
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+def test_a_gpu_reads_its_rows_itself(packed: bool) -> None:
+    values = unpack_rows(pack_rows(dense(4000, 256)))
+    rows = pack_rows(dense(4000, 256)) if packed else values
+    table = ServingTable(rows, device="cuda", dtype=torch.float32, transfer=Transfer.READ, backend="triton")
+    generator = torch.Generator().manual_seed(2)
+    asked = [torch.randint(0, 4000, (count,), generator=generator) for count in (1, 3000, 700, 3000, 2)]
+    waiting = [table.prefetch(ids, beside=[ids]) for ids in asked]
+    for ids, one in zip(asked, waiting, strict=True):
+        assert torch.equal(table.rows(one).cpu(), values[ids])
+        assert torch.equal(one.beside[0].cpu(), ids)
+    assert table.counts.unique_rows == sum(ids.unique().numel() for ids in asked)
 
 
 @pytest.mark.cuda

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hstu_kernels.int4 import RowFormat
 from hstu_plugin.adapters.quantized import DIGEST, digest, quantization_record
 from hstu_plugin.adapters.recbole import runner
@@ -69,7 +71,8 @@ def quantize_run(
         output: file to write; default beside the checkpoint, ``<name>-<dtype>.safetensors``.
         config: which tables and ranges.
         split: ``test`` or ``valid``: rank its held-out items before and after.
-        calibrate: count on the validation split how often each row is looked up.
+        calibrate: count how often each row is looked up, on the validation split, or on the training data where
+            nothing is held out for validation.
 
     Raises:
         FileNotFoundError, CheckpointError: there is no checkpoint, or it cannot be used.
@@ -80,7 +83,7 @@ def quantize_run(
     counts = None
     if calibrate:
         with count_accesses(loaded.model) as counts:
-            _metrics(loaded, "valid", "calibrate")
+            _run_batches(loaded)
     evaluate = None if split is None else lambda _: _metrics(loaded, split, "split")
     done = quantize(loaded.model, row_format, config=config, frequencies=counts, evaluate=evaluate)
     target = output or checkpoint.with_name(f"{checkpoint.stem}-{row_format}.safetensors")
@@ -116,6 +119,14 @@ def load_quantized(model_file: str | os.PathLike[str], tables_file: str | os.Pat
     loaded = runner.load(checkpoint)
     apply_tables(loaded.model, file.tables)
     return loaded
+
+
+def _run_batches(loaded: LoadedRun) -> None:
+    if loaded.evaluate("valid"):
+        return
+    with torch.no_grad():
+        for interaction in loaded.train_data:
+            loaded.model.calculate_loss(interaction.to(loaded.config["device"]))
 
 
 def _metrics(loaded: LoadedRun, split: str, name: str) -> dict[str, float]:

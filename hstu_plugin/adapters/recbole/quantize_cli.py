@@ -31,7 +31,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--split", type=click.Choice(["test", "valid"]), default="test", show_default=True, help="Which held-out items."
 )
-@click.option("--calibrate", is_flag=True, help="Count on the validation split which rows are used, and weight by it.")
+@click.option("--calibrate", is_flag=True, help="Count which rows are used, and weight by it.")
 @click.option(
     "--coverage",
     type=click.FloatRange(0, 1, min_open=True),

@@ -114,6 +114,15 @@ def test_metrics_before_and_after_and_the_report(own_run: Path, tmp_path: Path) 
     assert record["versions"]["torch"]
 
 
+def test_calibration_without_a_validation_split(atomic_root: Path, tmp_path: Path) -> None:
+    split = "--eval_args={'split': {'LS': 'test_only'}, 'order': 'TO', 'mode': 'full'}"
+    run, file = trained_run("HSTU", atomic_root, tmp_path, "--epochs=1", split), tmp_path / "report.json"
+    result = invoke(run, "--calibrate", "--report", file)
+    assert result.exit_code == 0, result.output
+    (table,) = json.loads(file.read_text())["report"]["tables"]
+    assert table["weighted_sqnr_db"] > 10
+
+
 def test_a_model_that_falls_too_far_fails(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([{"hit@10": 0.5, "ndcg@10": 0.40}, {"hit@10": 0.5, "ndcg@10": 0.39}] * 2)
     monkeypatch.setattr(runner.LoadedRun, "evaluate", lambda *_: next(answers))

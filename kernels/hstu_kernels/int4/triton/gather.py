@@ -93,7 +93,10 @@ def int4_gather_kernel(
         valid &= known
     # Addresses of a table beyond 2 GiB need 64 bits.
     row_ptr = data_ptr + ids * SHAPE.row_units
-    words = tl.load(row_ptr + units, mask=inside, other=0).to(tl.int32)
+    if SHAPE.streaming:
+        words = tl.load(row_ptr + units, mask=inside, other=0, eviction_policy="evict_first").to(tl.int32)
+    else:
+        words = tl.load(row_ptr + units, mask=inside, other=0).to(tl.int32)
     scale, bias = _scale_and_bias(row_ptr + UNITS, inside, SHAPE)
     # A wrong id, of whichever table, makes its row NaN: through the scale, once for all elements.
     scale = tl.where(valid, scale, float("nan"))
@@ -112,4 +115,8 @@ def int4_gather_kernel(
     wanted = in_batch[:, None]
     if SHAPE.ragged:
         wanted &= columns < SHAPE.dim
-    tl.store(out_ptr + rows[:, None] * SHAPE.dim + columns, values.to(out_ptr.dtype.element_ty), mask=wanted)
+    out = values.to(out_ptr.dtype.element_ty)
+    if SHAPE.streaming:
+        tl.store(out_ptr + rows[:, None] * SHAPE.dim + columns, out, mask=wanted, cache_modifier=".cs")
+    else:
+        tl.store(out_ptr + rows[:, None] * SHAPE.dim + columns, out, mask=wanted)

@@ -1,4 +1,4 @@
-"""From tensors to the launch of the gather kernel."""
+"""From tensors to the launches of the kernels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 
 from hstu_kernels.int4.format import PackedRows
+from hstu_kernels.int4.triton.distinct import distinct_rows_kernel
 from hstu_kernels.int4.triton.gather import int4_gather_kernel
-from hstu_kernels.int4.triton.shape import TILE, GatherShape, GatherTile, gather_shape
+from hstu_kernels.int4.triton.shape import (
+    READ,
+    TILE,
+    GatherShape,
+    GatherTile,
+    ReadShape,
+    ReadTile,
+    gather_shape,
+    read_shape,
+)
 from hstu_kernels.triton.launcher import Variant
 
-_UNITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def triton_gather(
@@ -43,6 +53,25 @@ def triton_gather(
         (ids.shape[0], table.num_rows, *counts, float(item_scale)),
     )
     return out
+
+
+def triton_read_rows(data: Tensor, ids: Tensor, chosen: Tensor, count: Tensor, *, tile: ReadTile = READ) -> Tensor:
+    """Arguments and result as `hstu_kernels.int4.distinct.read_host_rows`."""
+    out = torch.empty(ids.shape[0], data.shape[1], dtype=torch.uint8, device=ids.device)
+    if not out.numel():
+        return out
+    shape = read_shape(data, tile)
+    tiles = -(-ids.shape[0] * shape.row_units // shape.block_units)
+    unit = _UNITS[shape.unit_bytes]
+    # The output first: it says on which device to run, which the pinned rows do not.
+    arrays = (out.view(unit), data.view(unit), ids.contiguous(), chosen.contiguous(), count)
+    _read_variant(shape, tile)(min(tile.programs, tiles), arrays, (ids.shape[0], tiles))
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _read_variant(shape: ReadShape, tile: ReadTile) -> Variant:
+    return Variant(distinct_rows_kernel, SHAPE=shape, num_warps=tile.warps)
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from hstu_kernels.int4.format import TAIL_BYTES, PackedRows
 
 
@@ -16,15 +18,21 @@ class GatherTile:
         units: that a program decodes, a power of two; four bytes of int4 codes are a unit, so 512 are 32 rows of
             width 128, or 8 of width 512.
         warps: of a program.
+        registers: of a thread, at most; ``None`` leaves them to the compiler. Fewer let more programs share a
+            multiprocessor, whose reads under way are what the gather is bound by.
+        streaming: tell the caches that packed rows and the result are not touched again.
     """
 
     units: int = 512
     warps: int = 4
+    registers: int | None = None
+    streaming: bool = False
 
     @property
     def launch_options(self) -> dict[str, Any]:
         """Product and sum are rounded apart, as the tensor operations do: the same bits on every path."""
-        return {"num_warps": self.warps, "enable_fp_fusion": False}
+        bound = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "enable_fp_fusion": False, **bound}
 
 
 TILE = GatherTile()
@@ -43,6 +51,7 @@ class GatherShape:
         codes: codes in a unit.
         ragged: whether the last unit of a row has codes beyond ``dim``.
         block_units: units of a program.
+        streaming: of the tile.
     """
 
     dim: int
@@ -53,6 +62,7 @@ class GatherShape:
     codes: int
     ragged: bool
     block_units: int
+    streaming: bool
 
 
 def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
@@ -69,4 +79,44 @@ def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
         codes=codes,
         ragged=code_units * codes != table.dim,
         block_units=tile.units,
+        streaming=tile.streaming,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadTile:
+    """How reads out of host memory are cut.
+
+    Attributes:
+        units: of a program at a time, a power of two. warps: of a program.
+        programs: at most; together they keep ``programs * units`` reads under way.
+    """
+
+    units: int = 1024
+    warps: int = 4
+    programs: int = 64
+
+
+READ = ReadTile()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadShape:
+    """One constexpr argument.
+
+    Attributes:
+        unit_bytes: bytes of the integer that rows are read in: 8, 4, 2 or 1.
+        row_units: units of a row.
+        block_units: units of a program at a time.
+    """
+
+    unit_bytes: int
+    row_units: int
+    block_units: int
+
+
+def read_shape(data: Tensor, tile: ReadTile = READ) -> ReadShape:
+    """The shape for rows ``[rows, bytes]``: the widest unit in which every row begins and ends on a boundary."""
+    row_bytes = data.shape[1]
+    unit = next(u for u in (8, 4, 2, 1) if row_bytes % u == 0 and data.data_ptr() % u == 0)
+    return ReadShape(unit_bytes=unit, row_units=row_bytes // unit, block_units=tile.units)
