@@ -23,14 +23,14 @@ STOCHASTIC = StochasticLengthConfig(alpha=1.7, max_seq_len=64)
 
 
 def make_ranks(balance: LoadBalanceConfig | None) -> quality.SimulatedRanks:
-    return quality.SimulatedRanks(4, 16, STOCHASTIC, balance, LOAD, seed=1)
+    return quality.SimulatedRanks(4, 64, STOCHASTIC, balance, LOAD, seed=1)
 
 
 def imbalance(ranks: quality.SimulatedRanks, steps: int, skipped: int) -> dict[str, float]:
     draws = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        events = torch.randint(1, 65, (16,), generator=draws)
-        kept = ranks.lengths(events, torch.ones(16, dtype=torch.float64))
+        events = torch.randint(1, 65, (64,), generator=draws)
+        kept = ranks.lengths(events, torch.ones(64, dtype=torch.float64))
         assert bool((kept <= events).all()) and bool((kept >= 1).all())
     return ranks.found(skipped)
 
@@ -38,7 +38,7 @@ def imbalance(ranks: quality.SimulatedRanks, steps: int, skipped: int) -> dict[s
 def test_a_budget_makes_the_loads_equal() -> None:
     plain = imbalance(make_ranks(None), 40, 10)
     balanced = imbalance(make_ranks(LoadBalanceConfig(warmup_steps=10, period=10)), 40, 10)
-    assert plain["mean"] > 1.2
+    assert plain["mean"] > 1.1
     assert balanced["mean"] < 1.03
     assert abs(balanced["events_kept"] - plain["events_kept"]) < 0.05
 
