@@ -277,7 +277,7 @@ def test_autocast_around_a_cache_is_refused() -> None:
 def test_half_precision_stays_near_double(kind: str) -> None:
     """bf16, as a whole and after appends: within twice the error of one full forward pass in bf16 (the budget rule)."""
     double = make_ranker(kind)
-    histories, candidates = make_histories(kind, (20, 7)), make_candidates((7, 6))
+    histories, candidates = make_histories(kind, (20, 7)), make_candidates((70, 60))
     truth = full_scores(double, histories, candidates)
     half = double.to(torch.bfloat16)
 
@@ -287,7 +287,7 @@ def test_half_precision_stays_near_double(kind: str) -> None:
     histories, candidates = each(histories, rounded), rounded(candidates)
     error = (full_scores(half, histories, candidates).double() - truth).abs().max()
     budget = 2 * float(error) + torch.finfo(torch.bfloat16).eps
-    scorer = MFalconRanker(half, micro_batch_size=4)
+    scorer = MFalconRanker(half, micro_batch_size=32)
     cache = scorer.new_cache(contextual_seq_len=CONTEXT, page_size=4)
     scorer.prefill(cache, "ab", each(histories, lambda seq: rows_of(seq, [0, 0], [6, 4], contextual=CONTEXT)))
 
