@@ -82,7 +82,7 @@ def simulate(
     )
     stochastic = StochasticLengthConfig(alpha=alpha, max_seq_len=max_seq_len, sampling=Sampling.RECENT)
     balance = LoadBalanceConfig(warmup_steps=warmup_steps, period=period, tolerance=tolerance)
-    reduce = _together(ranks)
+    reduce = together(ranks)
     load = model_load(config)
 
     def rank(number: int) -> list[tuple[float, float, float, float, float]]:
@@ -107,8 +107,8 @@ def simulate(
     events = float(found[..., 4].sum())
     return {
         "settings": settings,
-        "plain": _summary(found[..., 0], float(found[..., 2].sum()) / events),
-        "balanced": _summary(found[..., 1], float(found[..., 3].sum()) / events),
+        "plain": summary(found[..., 0], float(found[..., 2].sum()) / events),
+        "balanced": summary(found[..., 1], float(found[..., 3].sum()) / events),
     }
 
 
@@ -134,7 +134,8 @@ def _lengths(count: int, median: float, spread: float, longest: int, generator: 
     return (median * drawn.exp()).long().clamp(2, longest)
 
 
-def _summary(loads: Tensor, kept: float) -> dict[str, float]:
+def summary(loads: Tensor, kept: float) -> dict[str, float]:
+    """Max/mean of ``loads [ranks, steps]``: mean, 95th percentile and worst over the steps."""
     imbalance = (loads.amax(0) / loads.mean(0)).tolist()
     return {
         "mean": statistics.fmean(imbalance),
@@ -145,8 +146,8 @@ def _summary(loads: Tensor, kept: float) -> dict[str, float]:
     }
 
 
-def _together(ranks: int) -> Callable[[int, Tensor], Tensor]:
-    """An all-reduce between threads."""
+def together(ranks: int) -> Callable[[int, Tensor], Tensor]:
+    """An all-reduce between ``ranks`` threads, called as ``reduce(rank, total)``."""
     parts: list[Tensor] = [torch.zeros(0)] * ranks
     barrier = Barrier(ranks)
 

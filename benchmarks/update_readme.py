@@ -4,8 +4,9 @@ A table stands between ``<!-- results:NAME begin -->`` and ``<!-- results:NAME e
 as ``recbole_configs/results/NAME.json`` or ``benchmarks/results/NAME.json``, or ``versions`` (the releases that fit
 together), ``recipes`` (the settings that come with the package), ``summary`` (recorded results beside those of
 ``benchmarks/published.yaml``), ``passes`` and ``cpu-passes`` (the time of a pass over MovieLens-1M and 100K),
-``attention`` (recorded speeds), ``quantized`` (recorded sizes and metrics of quantised models), or ``int4`` (recorded
-speeds of quantised tables).
+``attention`` (recorded speeds), ``quantized`` (recorded sizes and metrics of quantised models), ``int4`` (recorded
+speeds of quantised tables), ``mfalcon`` (cached scoring), ``cost`` (what ULTRA-HSTU saves), ``streaming`` (the
+synthetic stream) or ``balance`` (quality under load-balanced lengths).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks import readme_ranking
 from benchmarks.attention.compare import newest
 from benchmarks.attention.measure import BACKWARD, CALL, FORWARD
 from benchmarks.attention.measure import COLUMNS as ATTENTION_COLUMNS
@@ -80,6 +82,11 @@ def _block(name: str, root: Path) -> str:
         return _with_remarks(*quantized(root))
     if name == "int4":
         return "\n".join(_with_remarks(*part) for part in speed(root))
+    if name == "mfalcon":
+        return "\n".join(_with_remarks(*part) for part in readme_ranking.cached_scoring(root))
+    written = {"cost": readme_ranking.cost, "streaming": readme_ranking.streaming, "balance": readme_ranking.balance}
+    if name in written:
+        return written[name](root)
     found = json.loads(_path(name, root).read_text(encoding="utf-8"))
     if found.get("format") == ranking.COMPARISON_FORMAT:
         return ranking.comparison_markdown(found)
@@ -134,7 +141,8 @@ def _path(name: str, root: Path) -> Path:
     found = [path for folder in FOLDERS if (path := root / folder / f"{name}.json").is_file()]
     if not found:
         known = sorted(path.stem for folder in FOLDERS for path in (root / folder).glob("*.json"))
-        names = ["versions", "recipes", "summary", "passes", "cpu-passes", "attention", "quantized", "int4", *known]
+        names = ["versions", "recipes", "summary", "passes", "cpu-passes", "attention", "quantized", "int4", "mfalcon"]
+        names += ["cost", "streaming", "balance", *known]
         raise MarkerError(f"results:{name}: expected one of {', '.join(names)}")
     if len(found) > 1:
         raise MarkerError(f"results:{name}: recorded twice, as {' and '.join(map(str, found))}")

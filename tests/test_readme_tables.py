@@ -78,7 +78,7 @@ def test_summary_puts_recorded_beside_published(root: Path, std: float | None, s
         (
             block("other"),
             "results:other: expected one of versions, recipes, summary, passes, cpu-passes, attention, quantized, "
-            "int4, speed, tiny",
+            "int4, mfalcon, cost, streaming, balance, speed, tiny",
         ),
         ("one\n<!-- results:tiny begin -->", "line 2: <!-- results:tiny begin --> has no partner"),
         ("<!-- results:tiny end -->", "results:tiny end --> has no partner"),

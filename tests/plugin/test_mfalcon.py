@@ -273,17 +273,29 @@ def test_autocast_around_a_cache_is_refused() -> None:
             scorer.prefill(cache, ["bob"], history)
 
 
-def test_half_precision_stays_near_double() -> None:
-    """bf16: within twice the error of one full forward pass in bf16, as the budget rule of the kernels has it."""
-    for kind in ("plain", "truncated-semi-local-tail"):
-        double = make_ranker(kind)
-        histories, candidates = make_sequence((20, 5)), make_candidates((7, 4))
-        truth = full_scores(double, histories, candidates)
-        half = double.to(torch.bfloat16)
-        histories, candidates = (s.with_values(s.values.to(torch.bfloat16)) for s in (histories, candidates))
-        plain = full_scores(half, histories, candidates)
-        got = MFalconRanker(half, micro_batch_size=4).score(histories, candidates)
-        budget = 2 * float((plain.double() - truth).abs().max()) + torch.finfo(torch.bfloat16).eps
+@any_kind
+def test_half_precision_stays_near_double(kind: str) -> None:
+    """bf16, as a whole and after appends: within twice the error of one full forward pass in bf16 (the budget rule)."""
+    double = make_ranker(kind)
+    histories, candidates = make_histories(kind, (20, 7)), make_candidates((70, 60))
+    truth = full_scores(double, histories, candidates)
+    half = double.to(torch.bfloat16)
+
+    def rounded(seq: JaggedSequence) -> JaggedSequence:
+        return seq.with_values(seq.values.to(torch.bfloat16))
+
+    histories, candidates = each(histories, rounded), rounded(candidates)
+    error = (full_scores(half, histories, candidates).double() - truth).abs().max()
+    budget = 2 * float(error) + torch.finfo(torch.bfloat16).eps
+    scorer = MFalconRanker(half, micro_batch_size=32)
+    cache = scorer.new_cache(contextual_seq_len=CONTEXT, page_size=4)
+    scorer.prefill(cache, "ab", each(histories, lambda seq: rows_of(seq, [0, 0], [6, 4], contextual=CONTEXT)))
+
+    def rest(seq: JaggedSequence) -> JaggedSequence:
+        return rows_of(seq, [6, 4], seq.layout.seq_lengths.tolist())
+
+    scorer.append(cache, "ab", each(histories, rest))
+    for got in (scorer.score(histories, candidates), scorer.score_cached(cache, "ab", candidates)):
         assert float((got.double() - truth).abs().max()) <= budget
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
@@ -56,7 +59,11 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
             self.n_items, self.hstu_config.embedding_dim, padding_idx=0
         )
         init_item_table(self.item_embedding.weight)
-        self.stochastic_length = stochastic_length_config(values)
+        lengths = stochastic_length_config(values)
+        # Called on each training batch; another sampler of histories may take its place.
+        self.shorten: Callable[[JaggedSequence], JaggedSequence] | None = (
+            None if lengths is None else partial(stochastic_length, config=lengths)
+        )
         self.action_embedding: ActionEmbedding | None = None
         self.action_field = dataset.action_field if isinstance(dataset, ExactTimeDataset) else None
         if self.action_field is not None:
@@ -74,8 +81,8 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
     def calculate_loss(self, interaction) -> Tensor:  # type: ignore[no-untyped-def]
         """Mean loss over all positions of the batch, or over the last ones with ``train_examples: prefix``."""
         seq = self._sequence(interaction)
-        if self.stochastic_length is not None and self.training:
-            seq = stochastic_length(seq, self.stochastic_length)
+        if self.shorten is not None and self.training:
+            seq = self.shorten(seq)
         ids, last = seq.values[:, 0], seq.last_history_rows()
         following = ids.roll(-1) if self.all_positions else torch.zeros_like(ids)
         positives = following.index_copy(0, last, interaction[self.POS_ITEM_ID])

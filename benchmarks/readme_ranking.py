@@ -1,0 +1,75 @@
+"""README tables of cached scoring, of what ULTRA-HSTU saves, of the streaming experiment and of load balance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import balance_quality, cost_report, mfalcon, synthetic_streaming
+from benchmarks.ledger import read
+
+_SCORED = ("naive", "full", "mfalcon-graphs", "graphs")
+Table = tuple[list[str], list[list[str]], list[str]]
+
+
+def cached_scoring(root: Path) -> list[Table]:
+    """Candidates per second, median and 99th percentile of a request: from vectors on the device, and from the host."""
+    found = [r for r in read(root / "benchmarks/results/mfalcon.csv", mfalcon.COLUMNS) if r["model"] == "hstu"]
+    newest = {(int(r["history"]), int(r["candidates"]), r["way"], r["transfers"] == "True"): r for r in found}
+    cases = sorted({key[:2] for key in newest})
+    tables = []
+    for transfers in (False, True):
+        rows = [
+            [str(length), str(count), *(_speed(newest.get((length, count, way, transfers))) for way in _SCORED)]
+            for length, count in cases
+        ]
+        start = "from host memory to scores on the host" if transfers else "from vectors on the device"
+        header = ["history", "candidates", *(f"`{way}`" for way in _SCORED)]
+        shown = [r for key, r in newest.items() if key[2] in _SCORED and key[3] == transfers]
+        facts = sorted({_where(r) + f"; {r['layers']} layers, d {r['dim']}, {r['dtype']}" for r in shown})
+        tables.append(
+            (header, rows, [f"Candidates per second (p50 / p99 of a request, ms), {start}. {'; '.join(facts)}."])
+        )
+    return tables
+
+
+def _speed(row: dict[str, str] | None) -> str:
+    if row is None:
+        return "-"
+    rate = float(row["candidates_per_s"])
+    shown = f"{rate / 1e6:.2f} M" if rate >= 1e6 else f"{rate / 1e3:.0f} k"
+    return f"{shown} ({float(row['p50_ms']):.2f} / {float(row['p99_ms']):.2f})"
+
+
+def _where(row: dict[str, Any]) -> str:
+    return f"{row['device']}, torch {row['torch']}, commit {row['commit'][:7]}"
+
+
+def cost(root: Path) -> str:
+    """Cost of one history by model, as ``benchmarks/results/cost.md`` has it."""
+    rows = read(root / "benchmarks/results/cost.csv", cost_report.COLUMNS)
+    newest = {(row["phase"], row["model"], int(row["tokens"])): row for row in rows}
+    facts = sorted({f"{_where(row)}, Triton {row['triton']}" for row in newest.values()})
+    return cost_report.markdown(newest).rstrip("\n") + f"\n\n{'; '.join(facts)}.\n"
+
+
+def streaming(root: Path) -> str:
+    """Hit rates of the three sides by the length of the stream."""
+    found = json.loads((root / "benchmarks/results/synthetic-streaming.json").read_text(encoding="utf-8"))
+    seeds = sorted({run["seed"] for run in found["runs"]})
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in found["learning_rates"].items())
+    note = f"{len(seeds)} seeds; learning rates: {rates}. {_where(found)}."
+    return synthetic_streaming.markdown(found["sizes"]) + f"\n\n{note}\n"
+
+
+def balance(root: Path) -> str:
+    """Quality and load of a training with and without load-balanced stochastic length."""
+    found = json.loads((root / "benchmarks/results/balance-quality.json").read_text(encoding="utf-8"))
+    settings = found["runs"][0]["settings"]
+    epochs = sorted({run["epochs"] for run in found["runs"]})
+    note = (
+        f"Recipe {settings['recipe']}, {' to '.join(map(str, epochs))} epochs, {settings['ranks']} simulated ranks, "
+        f"alpha {settings['alpha']}. {'; '.join(sorted({_where(run) for run in found['runs']}))}."
+    )
+    return balance_quality.markdown(found["ways"]) + f"\n\n{note}\n"

@@ -1,0 +1,85 @@
+"""README tables of cached scoring, cost, streaming and load balance, from small records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import balance_quality, cost_report, mfalcon, synthetic_streaming, update_readme
+from benchmarks.ledger import append
+from hstu_plugin.records import write_json
+
+WHERE = {"taken_at": "now", "commit": "0123456789ab", "device": "a GPU", "torch": "2.11", "triton": "3.6"}
+
+
+def block(name: str) -> str:
+    return f"<!-- results:{name} begin -->\n<!-- results:{name} end -->\n"
+
+
+def table(name: str, root: Path) -> list[str]:
+    return update_readme.updated(block(name), root).splitlines()[1:-1]
+
+
+def test_cached_scoring(tmp_path: Path) -> None:
+    row = WHERE | {"model": "hstu", "layers": 8, "dim": 512, "dtype": "bfloat16", "history": 1024, "way": "graphs"}
+    rows = [
+        row | {"candidates": count, "transfers": moved, "p50_ms": p50, "p99_ms": 2 * p50, "candidates_per_s": rate}
+        for count, moved, p50, rate in [
+            (256, False, 9.0, 1.0),
+            (256, False, 0.5, 512_000.0),
+            (1024, False, 0.8, 1_280_000.0),
+            (256, True, 0.75, 341_333.0),
+        ]
+    ]
+    append(tmp_path / "benchmarks/results/mfalcon.csv", mfalcon.COLUMNS, rows)
+    lines = table("mfalcon", tmp_path)
+    # The newest row counts; what was not measured is a dash.
+    assert "| 1024 | 256 | - | - | - | 512 k (0.50 / 1.00) |" in lines
+    assert "| 1024 | 1024 | - | - | - | 1.28 M (0.80 / 1.60) |" in lines
+    assert "| 1024 | 256 | - | - | - | 341 k (0.75 / 1.50) |" in lines
+    assert len([line for line in lines if "a GPU, torch 2.11, commit 0123456; 8 layers, d 512" in line]) == 2
+
+
+def test_cost(tmp_path: Path) -> None:
+    row = WHERE | {"tokens": 1, "phase": "scoring", "events": 16384, "candidates": 1024, "layers": 18, "dim": 512}
+    row |= {"heads": 4, "dtype": "bfloat16", "histories": 1, "window": 256, "tail": 256, "truncate_after": 3}
+    rows = [row | {"model": "hstu", "gflops": 100, "ms": 40}, row | {"model": "ultra", "gflops": 5, "ms": 4}]
+    rows = [r | {"truncate_to": 512} for r in rows]
+    append(tmp_path / "benchmarks/results/cost.csv", cost_report.COLUMNS, rows)
+    lines = table("cost", tmp_path)
+    assert "| ULTRA-HSTU | 1 | 5 | 4.00 |  | -95.0 % |  | 10.00 |  |" in lines
+    assert lines[-1] == "a GPU, torch 2.11, commit 0123456, Triton 3.6."
+
+
+def test_streaming(tmp_path: Path) -> None:
+    values = {"transformer": 0.1, "hstu-softmax": 0.2, "hstu": 0.3}
+    runs = [
+        {"model": m, "seed": seed, "hr@10": v, "hr@50": v + seed / 100, "counting@10": 0.4, "counting@50": 0.5}
+        for m, v in values.items()
+        for seed in (1, 2)
+    ]
+    sizes = [{"records": 50_000} | synthetic_streaming.summarise(runs, tuple(values))]
+    record = WHERE | {"runs": runs, "sizes": sizes, "learning_rates": {"hstu": 0.001}}
+    write_json(tmp_path / "benchmarks/results/synthetic-streaming.json", record)
+    lines = table("streaming", tmp_path)
+    assert "| 50,000 | hstu | 0.3000 ± 0.0000 | 0.3150 ± 0.0071 | +46.5% |" in lines
+    assert "| 50,000 | counting | 0.4000 | 0.5000 | |" in lines
+    assert lines[-1] == "2 seeds; learning rates: hstu 0.001. a GPU, torch 2.11, commit 0123456."
+    assert sizes[0]["gaps"][1]["hr@50"]["least"] > 0.0999  # type: ignore[index]
+
+
+def test_balance(tmp_path: Path) -> None:
+    runs = [
+        WHERE
+        | {
+            "settings": {"recipe": "r", "ranks": 8, "alpha": 1.7, "way": "balanced", "seed": seed},
+            "epochs": 3,
+            "test": {"hit@10": 0.25, "ndcg@10": 0.125 * seed},
+            "loads": {"mean": 1.01, "p95": 1.02, "worst": 1.03, "mean_load": 5.0, "events_kept": 0.75},
+        }
+        for seed in (1, 2)
+    ]
+    record = {"ways": {"balanced": balance_quality.group(runs)}, "runs": runs}
+    write_json(tmp_path / "benchmarks/results/balance-quality.json", record)
+    lines = table("balance", tmp_path)
+    assert "| balanced | 2 | 0.2500 ± 0.0000 | 0.1875 ± 0.0884 | 1.010 | 1.030 | 0.750 |" in lines
+    assert lines[-1].startswith("Recipe r, 3 epochs, 8 simulated ranks, alpha 1.7. a GPU")
