@@ -159,9 +159,9 @@ def triton_backward(
     if need_pos and pos_table is not None:
         pos_sums = torch.zeros(POSITION_COPIES, pos_table.numel(), dtype=torch.float32, device=q.device)
     if need_time and time_table is not None:
-        time_sums, late_sums = (
-            call.time_sums(tile, heads) for tile, heads in ((tiles.dq, call.heads), (tiles.bias, 1))
-        )
+        time_sums = call.time_sums(tiles.dq, call.heads)
+        # Warps add to what is there, so that one kernel goes on where the other ended.
+        late_sums = time_sums if call.adds_by_warp(tiles) else call.time_sums(tiles.bias, 1)
     if need_q or need_pos or need_time:
         dq = torch.empty_like(q, memory_format=torch.contiguous_format) if into is None else into[0]
         tile = tiles.dq
@@ -196,7 +196,10 @@ def triton_backward(
     if pos_sums is not None and pos_table is not None:
         dpos = (added_up(pos_sums) * scale).to(pos_table.dtype)
     if time_sums is not None and late_sums is not None and time_table is not None:
-        total = (added_up(time_sums) + added_up(late_sums)).sum(1)[: time_table.numel()]
+        total = added_up(time_sums)
+        if late_sums is not time_sums:
+            total = total + added_up(late_sums)
+        total = total.sum(1)[: time_table.numel()]
         dtime = (total * scale).to(time_table.dtype)
     return dq if need_q else None, dk, dv, dpos, dtime
 
@@ -263,6 +266,11 @@ class _Call:
         )
         lines = self.plan.query_work(tile.block_m, tile.block_n).shape[0] * heads if self.rows else 0
         return torch.zeros(lines, entries, warps, dtype=torch.float32, device=self.q.device)
+
+    def adds_by_warp(self, tiles: TileSet) -> bool:
+        """Whether both kernels of the time table's gradient add to sums of one shape."""
+        first, second = (shape_of(self.facts, tile, False) for tile in (tiles.dq, tiles.bias))
+        return first.sums_by_warp and second.sums_by_warp and first.warps == second.warps
 
     def launch(
         self,
