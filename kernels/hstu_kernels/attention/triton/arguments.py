@@ -76,7 +76,7 @@ def facts_of(q: Tensor, v: Tensor, contextual: int, pos_table: Tensor | None, ti
         -1 if pos_table is None else (pos_table.numel() - 1) // 2,
         -1 if time_table is None else time_table.numel() - 1,
         float32_precision() if q.dtype == torch.float32 else "ieee",
-        same_bits(q.get_device()),
+        q.is_cuda and same_bits(q.get_device()),
     )
 
 
