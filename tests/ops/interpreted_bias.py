@@ -156,8 +156,8 @@ def _bias_of_a_block(
         rows, cols = index[None, :], index[:, None]
         own, moving_ptr = key_times, row_times_ptr
     rab = block_bias(
-        rows,
-        cols,
+        0,
+        0,
         own,
         moving_ptr,
         0,

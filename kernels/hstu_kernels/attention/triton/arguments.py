@@ -61,8 +61,8 @@ def same_bits(device: int) -> bool:
     return not interpreting() and torch.cuda.get_device_capability(device)[0] == 9
 
 
-# Heads, Dqk, Dv, dtype, contextual rows, `KernelShape.reach` and `buckets`, precision of the products.
-Facts = tuple[int, int, int, torch.dtype, int, int, int, str]
+# Heads, Dqk, Dv, dtype, contextual rows, `KernelShape.reach` and `buckets`, precision of the products, whether Hopper.
+Facts = tuple[int, int, int, torch.dtype, int, int, int, str, bool]
 
 
 def facts_of(q: Tensor, v: Tensor, contextual: int, pos_table: Tensor | None, time_table: Tensor | None) -> Facts:
@@ -76,12 +76,13 @@ def facts_of(q: Tensor, v: Tensor, contextual: int, pos_table: Tensor | None, ti
         -1 if pos_table is None else (pos_table.numel() - 1) // 2,
         -1 if time_table is None else time_table.numel() - 1,
         float32_precision() if q.dtype == torch.float32 else "ieee",
+        q.is_cuda and same_bits(q.get_device()),
     )
 
 
 def shape_of(facts: Facts, tile: Tile, descriptors: bool, grad_stride: int = 0) -> KernelShape:
     """The constants of a kernel."""
-    heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision = facts
+    heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, hopper = facts
     return KernelShape(
         heads=heads,
         qk_dim=qk_dim,
@@ -100,4 +101,5 @@ def shape_of(facts: Facts, tile: Tile, descriptors: bool, grad_stride: int = 0) 
         assembly=not interpreting(),
         own_in_registers=tile.own_in_registers if dtype.itemsize == 2 and not interpreting() else 0,
         grad_stride=grad_stride,
+        warps=tile.num_warps if dtype.itemsize == 2 and hopper else 0,
     )

@@ -53,6 +53,7 @@ def _add_keys(
     bounds_ptr,
     key_times_ptr,
     pos_sums_ptr,
+    time_sums_ptr,
     alpha,
     edge,
     SHAPE: tl.constexpr,
@@ -96,8 +97,8 @@ def _add_keys(
     )
     # [M, N]
     rab = block_bias(
-        rows[:, None],
-        cols[None, :],
+        row_begin,
+        begin,
         row_times,
         key_times_ptr,
         seq_start,
@@ -122,6 +123,7 @@ def _add_keys(
     if ENTRIES > 0:
         time_sums = add_few_times(
             time_sums,
+            time_sums_ptr,
             slope,
             rows[:, None],
             cols[None, :],
@@ -180,8 +182,9 @@ def hstu_bwd_dq_kernel(
     One program for each query tile and head.
 
     Without the factor ``scale`` also the gradients of the tables, each where its pointer is given:
-    ``pos_sums [COPIES, 2N - 1]``, copies that programs share, and ``time_sums [programs, ENTRIES]``, a line for each,
-    of the blocks that span few time buckets; `hstu_bwd_bias_kernel` adds the others. ENTRIES is 0 without the latter.
+    ``pos_sums [COPIES, 2N - 1]``, copies that programs share, and ``time_sums [programs, ENTRIES]``, of the blocks that
+    span few time buckets; `hstu_bwd_bias_kernel` adds the others. ENTRIES is 0 without the latter; where
+    `sums_by_warp`, they are ``[programs, ENTRIES, warps]`` and filled with 0.
     """
     HEADS: tl.constexpr = SHAPE.heads
     BLOCK_M: tl.constexpr = SHAPE.block_m
@@ -209,7 +212,12 @@ def hstu_bwd_dq_kernel(
         dout_ptr, V_STRIDE, row_begin, seq_len, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, SHAPE.own_in_registers > 0
     )
     acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
-    time_sums = tl.zeros([ENTRIES if ENTRIES > 0 else 1], tl.float32)
+    if ENTRIES > 0 and not SHAPE.sums_by_warp:
+        time_sums = tl.zeros([ENTRIES], tl.float32)
+    else:
+        time_sums = tl.zeros([1], tl.float32)
+    if ENTRIES > 0:
+        time_sums_ptr += program.to(tl.int64) * (ENTRIES * (SHAPE.warps if SHAPE.sums_by_warp else 1))
     if pos_sums_ptr is not None:
         pos_sums_ptr += (program % COPIES).to(tl.int64) * (2 * SHAPE.reach + 1)
 
@@ -253,6 +261,7 @@ def hstu_bwd_dq_kernel(
             bounds_ptr,
             key_times_ptr,
             pos_sums_ptr,
+            time_sums_ptr,
             alpha,
             edge,
             SHAPE,
@@ -291,6 +300,7 @@ def hstu_bwd_dq_kernel(
             bounds_ptr,
             key_times_ptr,
             pos_sums_ptr,
+            time_sums_ptr,
             alpha,
             last_edge,
             SHAPE,
@@ -298,8 +308,8 @@ def hstu_bwd_dq_kernel(
             ENTRIES,
             True,
         )
-    if ENTRIES > 0:
-        tl.store(time_sums_ptr + program.to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES), time_sums)
+    if ENTRIES > 0 and not SHAPE.sums_by_warp:
+        tl.store(time_sums_ptr + tl.arange(0, ENTRIES), time_sums)
     store_sums(
         dq_ptr,
         partial_ptr,
@@ -332,6 +342,7 @@ def _add_rows(
     q_column,
     dout_column,
     begin,
+    key_begin,
     cols,
     key_times,
     row_low,
@@ -386,8 +397,8 @@ def _add_rows(
     )
     # [N, M]
     rab = block_bias(
-        rows[None, :],
-        cols[:, None],
+        begin,
+        key_begin,
         key_times,
         row_times_ptr,
         seq_start,
@@ -502,6 +513,7 @@ def hstu_bwd_dkdv_kernel(
             head * q_head_stride,
             head * SHAPE.v_dim,
             begin,
+            key_begin,
             cols,
             key_times,
             row_low,
@@ -536,6 +548,7 @@ def hstu_bwd_dkdv_kernel(
             head * q_head_stride,
             head * SHAPE.v_dim,
             last_begin,
+            key_begin,
             cols,
             key_times,
             row_low,

@@ -30,6 +30,7 @@ def _add_keys(
     k_column,
     v_column,
     begin,
+    row_begin,
     rows,
     row_times,
     row_low,
@@ -83,8 +84,8 @@ def _add_keys(
     )
     # [M, N]
     rab = block_bias(
-        rows[:, None],
-        cols[None, :],
+        row_begin,
+        begin,
         row_times,
         key_times_ptr,
         seq_start,
@@ -181,6 +182,7 @@ def hstu_fwd_kernel(
             head * k_head_stride,
             head * v_head_stride,
             begin,
+            row_begin,
             rows,
             row_times,
             row_low,
@@ -214,6 +216,7 @@ def hstu_fwd_kernel(
             head * k_head_stride,
             head * v_head_stride,
             last_begin,
+            row_begin,
             rows,
             row_times,
             row_low,

@@ -31,6 +31,8 @@ from hstu_kernels.triton.launcher import Argument, Variant
 
 # Partial sums of the position table that programs share; more of them: fewer programs wait for one address.
 POSITION_COPIES = 32
+# Partial sums that are added up in float32, before the rest in float64.
+_GROUP = 16
 # Rows of a long tile that one program adds up.
 _JOINED_ROWS = 16
 # Beneath it a logit's product is nothing beside any bias.
@@ -153,10 +155,13 @@ def triton_backward(
     call = _Call(q, k, v, pos_table, time_table, plan, alpha, scale, divided, 0 if into is None else into[0].stride(0))
     grad = grad.contiguous()
     dq = dk = dv = None
-    pos_sums, time_sums = _table_sums(
-        q, pos_table if need_pos else None, time_table if need_time else None, plan, tiles
-    )
-    entries = 0 if time_sums is None else time_sums.shape[1]
+    pos_sums = time_sums = late_sums = None
+    if need_pos and pos_table is not None:
+        pos_sums = torch.zeros(POSITION_COPIES, pos_table.numel(), dtype=torch.float32, device=q.device)
+    if need_time and time_table is not None:
+        time_sums = call.time_sums(tiles.dq, call.heads)
+        # Warps add to what is there, so that one kernel goes on where the other ended.
+        late_sums = time_sums if call.adds_by_warp(tiles) else call.time_sums(tiles.bias, 1)
     if need_q or need_pos or need_time:
         dq = torch.empty_like(q, memory_format=torch.contiguous_format) if into is None else into[0]
         tile = tiles.dq
@@ -165,7 +170,7 @@ def triton_backward(
             pieces = _Pieces(plan, "query", tile.block_m, q)
             partial = pieces.sums(tile.block_m, q.shape[2])
             sums = (pos_sums, time_sums)
-            call.launch("dq", tile, work, (grad, dq, partial), (call.k, call.v), sums, entries, pieces.count)
+            call.launch("dq", tile, work, (grad, dq, partial), (call.k, call.v), sums, pieces.count)
             if partial is not None:
                 pieces.join(dq, partial, work, call.alpha * scale)
     if need_k or need_v:
@@ -182,13 +187,20 @@ def triton_backward(
             if partial is not None and partial_v is not None:
                 pieces.join(dk, partial, work, call.alpha * scale)
                 pieces.join(dv, partial_v, work, scale)
-    if time_sums is not None and call.rows:
+    if late_sums is not None and call.rows:
         tile = tiles.bias
-        work = plan.query_work(tile.block_m, tile.block_n)
-        call.launch("bias", tile, work, (grad, time_sums[work.shape[0] * call.heads :]), entries=entries)
+        call.launch("bias", tile, plan.query_work(tile.block_m, tile.block_n), (grad, late_sums))
     if call.vanishes and dq is not None:
         dq.zero_()
-    dpos, dtime = _add_up(pos_sums, pos_table, scale), _add_up(time_sums, time_table, scale)
+    dpos = dtime = None
+    if pos_sums is not None and pos_table is not None:
+        dpos = (added_up(pos_sums) * scale).to(pos_table.dtype)
+    if time_sums is not None and late_sums is not None and time_table is not None:
+        total = added_up(time_sums)
+        if late_sums is not time_sums:
+            total = total + added_up(late_sums)
+        total = total.sum(1)[: time_table.numel()]
+        dtime = (total * scale).to(time_table.dtype)
     return dq if need_q else None, dk, dv, dpos, dtime
 
 
@@ -243,6 +255,23 @@ class _Call:
         self.numbers = (q_row, q_head, k_row, k_head, v_row, v_head, float(alpha), float(scale))
         self.facts = facts_of(q, v, plan.layout.contextual_seq_len, pos_table, time_table)
 
+    def time_sums(self, tile: Tile, heads: int) -> Tensor:
+        """Zeros ``[lines, entries, warps]`` float32 for the programs of ``tile``: a line for each, a column a warp.
+
+        Where warps have no sums of their own there is one column, and ``entries`` is a power of two.
+        """
+        shape = shape_of(self.facts, tile, False)
+        entries, warps = (
+            (shape.buckets + 1, shape.warps) if shape.sums_by_warp else (padded_width(shape.buckets + 1), 1)
+        )
+        lines = self.plan.query_work(tile.block_m, tile.block_n).shape[0] * heads if self.rows else 0
+        return torch.zeros(lines, entries, warps, dtype=torch.float32, device=self.q.device)
+
+    def adds_by_warp(self, tiles: TileSet) -> bool:
+        """Whether both kernels of the time table's gradient add to sums of one shape."""
+        first, second = (shape_of(self.facts, tile, False) for tile in (tiles.dq, tiles.bias))
+        return first.sums_by_warp and second.sums_by_warp and first.warps == second.warps
+
     def launch(
         self,
         role: str,
@@ -251,7 +280,6 @@ class _Call:
         own: tuple[Tensor | None, ...],
         streamed: tuple[Tensor, ...] = (),
         sums: tuple[Tensor | None, ...] = (),
-        entries: int = 0,
         pieces: int = 0,
     ) -> None:
         """Launch one kernel.
@@ -260,13 +288,15 @@ class _Call:
             work: its work list.
             own: the arrays between q, k, v and what streams: gradients that come in, results, sums of pieces.
             streamed: the arrays whose blocks the main loop fetches; none where the kernel has no descriptors.
-            sums: partial sums of the tables. entries: columns of those of the time table, 0 without.
+            sums: partial sums of the position and the time table; the kernel of the bias has the latter in ``own``.
             pieces: lines at the front of ``work`` that are pieces of long tiles.
         """
         plan = self.plan
         of_keys = role == "dkdv"
         side, block = ("query", tile.block_m) if of_keys else ("key", tile.block_n)
         described: Sequence[Argument] | None = panels(streamed, block) if streamed else ()
+        time_sums = own[-1] if role == "bias" else sums[-1] if sums else None
+        entries = 0 if time_sums is None else time_sums.shape[1]
         kernel = _variant(role, self.facts, plan.mask, tile, bool(described), entries, self.grad_stride)
         if described is None:
             described = (None,) * len(streamed)
@@ -325,25 +355,8 @@ def _divided(pos_table: Tensor | None, time_table: Tensor | None, alpha: float) 
     return pos, time
 
 
-def _table_sums(
-    q: Tensor, pos_table: Tensor | None, time_table: Tensor | None, plan: TritonPlan, tiles: TileSet
-) -> Tables:
-    """Partial sums in float32: ``[POSITION_COPIES, 2N - 1]`` that programs add to, and a line for each program.
-
-    The lines are those of `hstu_bwd_dq_kernel` and, behind them, those of `hstu_bwd_bias_kernel`.
-    """
-    pos_sums = time_sums = None
-    if pos_table is not None:
-        pos_sums = torch.zeros(POSITION_COPIES, pos_table.numel(), dtype=torch.float32, device=q.device)
-    if time_table is not None:
-        lines = plan.query_work(tiles.dq.block_m, tiles.dq.block_n).shape[0] * (q.shape[1] + 1)
-        entries = padded_width(time_table.numel())
-        time_sums = torch.zeros(lines if q.numel() else 0, entries, dtype=torch.float32, device=q.device)
-    return pos_sums, time_sums
-
-
-def _add_up(sums: Tensor | None, table: Tensor | None, scale: float) -> Tensor | None:
-    """The gradient of ``table``: partial sums added up in float64."""
-    if sums is None or table is None:
-        return None
-    return (sums.sum(0, dtype=torch.float64)[: table.numel()] * scale).to(table.dtype)
+def added_up(sums: Tensor) -> Tensor:
+    """``sums [n, ...]`` over their first axis, in float64: groups first, which need no copy in float64."""
+    count = sums.shape[0] // _GROUP * _GROUP
+    groups = sums[:count].view(-1, _GROUP, *sums.shape[1:]).sum(1)
+    return torch.sum(groups, 0, dtype=torch.float64) + torch.sum(sums[count:], 0, dtype=torch.float64)

@@ -10,6 +10,7 @@ Tables come divided by alpha: the bias is where a product's sum begins, so that 
 import triton
 import triton.language as tl
 
+from hstu_kernels.attention.triton.assembly import constraints, diagonal_look_up
 from hstu_kernels.attention.triton.primitives import load_times
 
 # Buckets are 0.301 nats wide; thresholds up to the 71st fit into 31 bits.
@@ -19,6 +20,11 @@ _LAST_NARROW = tl.constexpr(71)
 _GUARD = tl.constexpr(1e-3)
 _OLDEST = tl.constexpr(1 << 30)
 _UNKNOWN = tl.constexpr(1 << 20)
+# Look-ups of a thread's whole share of a block: the index grows or falls from column to column.
+_RISING_32, _RISING_16 = tl.constexpr(diagonal_look_up(32, 1)), tl.constexpr(diagonal_look_up(16, 1))
+_FALLING_32, _FALLING_16 = tl.constexpr(diagonal_look_up(32, -1)), tl.constexpr(diagonal_look_up(16, -1))
+_LOOK_UP_32 = tl.constexpr(constraints("f", 32, "r", "l", elements=32))
+_LOOK_UP_16 = tl.constexpr(constraints("f", 16, "r", "l", elements=16))
 
 
 @triton.jit
@@ -269,9 +275,66 @@ def _position_entries(rows, cols, seq_len, history_end, pos_ptr, SHAPE: tl.const
 
 
 @triton.jit
+def _positions_of_block(
+    row_begin,
+    key_begin,
+    seq_len,
+    history_end,
+    pos_ptr,
+    SHAPE: tl.constexpr,
+    KEYS_MOVE: tl.constexpr,
+):
+    """Position entries ``[M, N]``, or ``[N, M]`` where rows move."""
+    HEIGHT: tl.constexpr = SHAPE.block_m if KEYS_MOVE else SHAPE.block_n
+    WIDTH: tl.constexpr = SHAPE.block_n if KEYS_MOVE else SHAPE.block_m
+    rows, cols = _indices(row_begin, key_begin, SHAPE, KEYS_MOVE)
+    if SHAPE.warps * 16 == HEIGHT and (WIDTH == 64 or WIDTH == 32):
+        # Rows and columns that stand where they are, and a table for every distance: diagonals.
+        last = tl.minimum(history_end, seq_len - 1)
+        plain = (row_begin + SHAPE.block_m - 1 <= last) & (key_begin + SHAPE.block_n - 1 <= last)
+        if plain & (seq_len <= SHAPE.reach + 1):
+            index = (cols + SHAPE.reach) - rows
+            base = pos_ptr.to(tl.int64, bitcast=True)
+            if not KEYS_MOVE:
+                if WIDTH == 64:
+                    value = tl.inline_asm_elementwise(
+                        _FALLING_32, _LOOK_UP_32, [index, base], dtype=tl.float32, is_pure=True, pack=32
+                    )
+                else:
+                    value = tl.inline_asm_elementwise(
+                        _FALLING_16, _LOOK_UP_16, [index, base], dtype=tl.float32, is_pure=True, pack=16
+                    )
+            elif WIDTH == 64:
+                value = tl.inline_asm_elementwise(
+                    _RISING_32, _LOOK_UP_32, [index, base], dtype=tl.float32, is_pure=True, pack=32
+                )
+            else:
+                value = tl.inline_asm_elementwise(
+                    _RISING_16, _LOOK_UP_16, [index, base], dtype=tl.float32, is_pure=True, pack=16
+                )
+        else:
+            value = _position_entries(rows, cols, seq_len, history_end, pos_ptr, SHAPE)
+    else:
+        value = _position_entries(rows, cols, seq_len, history_end, pos_ptr, SHAPE)
+    return value
+
+
+@triton.jit
+def _indices(row_begin, key_begin, SHAPE: tl.constexpr, KEYS_MOVE: tl.constexpr):
+    """Rows and columns of a block, in shapes that broadcast to its own."""
+    rows = row_begin + tl.arange(0, SHAPE.block_m)
+    cols = key_begin + tl.arange(0, SHAPE.block_n)
+    if KEYS_MOVE:
+        rows, cols = tl.expand_dims(rows, 1), tl.expand_dims(cols, 0)
+    else:
+        rows, cols = tl.expand_dims(rows, 0), tl.expand_dims(cols, 1)
+    return rows, cols
+
+
+@triton.jit
 def block_bias(
-    rows,
-    cols,
+    row_begin,
+    key_begin,
     own_times,
     times_ptr,
     seq_start,
@@ -287,13 +350,14 @@ def block_bias(
     SHAPE: tl.constexpr,
     KEYS_MOVE: tl.constexpr,
 ):
-    """The bias of a block, from tables of float32; ``rows`` and ``cols`` broadcast to its shape.
+    """The bias of the block at ``row_begin`` and ``key_begin``, from tables of float32: ``[N, M]`` where rows move.
 
     ``own_times`` are those of the side that owns the tile; the other side's at ``times_ptr`` are read where needed.
     """
     FEW: tl.constexpr = SHAPE.few_buckets
-    HEIGHT: tl.constexpr = rows.shape[0] * cols.shape[0]
-    WIDTH: tl.constexpr = rows.shape[1] * cols.shape[1]
+    HEIGHT: tl.constexpr = SHAPE.block_m if KEYS_MOVE else SHAPE.block_n
+    WIDTH: tl.constexpr = SHAPE.block_n if KEYS_MOVE else SHAPE.block_m
+    rows, cols = _indices(row_begin, key_begin, SHAPE, KEYS_MOVE)
     if SHAPE.buckets > 0:
         lowest, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
         if more == 0:
@@ -313,5 +377,5 @@ def block_bias(
     else:
         rab = tl.zeros([HEIGHT, WIDTH], tl.float32)
     if SHAPE.reach >= 0:
-        rab += _position_entries(rows, cols, seq_len, history_end, pos_ptr, SHAPE)
+        rab += _positions_of_block(row_begin, key_begin, seq_len, history_end, pos_ptr, SHAPE, KEYS_MOVE)
     return rab

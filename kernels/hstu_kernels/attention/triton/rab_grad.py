@@ -3,7 +3,79 @@
 import triton
 import triton.language as tl
 
+from hstu_kernels.attention.triton.assembly import add_by_threshold, add_diagonals, add_where_equal, constraints
 from hstu_kernels.attention.triton.rab import bucket_range, threshold, times_of
+
+# Sums of a thread's 32 elements of a block: what they add to comes last.
+_ONE_CLASS = tl.constexpr(add_by_threshold(32, 0))
+_ONE_CLASS_OPERANDS = tl.constexpr(constraints("r", 8, "f", "l", elements=32))
+_TWO_CLASSES = tl.constexpr(add_by_threshold(32, 1))
+_TWO_CLASSES_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "r", "r", "l", elements=32))
+_FOUR_CLASSES = tl.constexpr(add_by_threshold(32, 3))
+_FOUR_CLASSES_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "r", "r", "r", "r", "l", elements=32))
+_WHERE_EQUAL = tl.constexpr(add_where_equal(32))
+_WHERE_EQUAL_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "r", "l", elements=32))
+_DIAGONALS = tl.constexpr(add_diagonals(32))
+_DIAGONALS_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "l", "r", elements=32))
+
+
+@triton.jit
+def _add_few_by_warp(
+    grad,
+    rows,
+    cols,
+    row_times,
+    key_times_ptr,
+    seq_start,
+    seq_len,
+    row_low,
+    row_high,
+    key_low,
+    key_high,
+    bounds_ptr,
+    sums_ptr,
+    SHAPE: tl.constexpr,
+):
+    """`add_few_times` to ``sums [entries, warps]``, a column a warp."""
+    lowest, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
+    sums = (sums_ptr + lowest * SHAPE.warps).to(tl.int64, bitcast=True)
+    if more == 0:
+        tl.inline_asm_elementwise(_ONE_CLASS, _ONE_CLASS_OPERANDS, [grad, sums], dtype=tl.int8, is_pure=False, pack=32)
+    elif more <= SHAPE.few_buckets:
+        asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+        row, key = (asked - key_low).to(tl.int32), (known - key_low).to(tl.int32)
+        farthest = row_high - key_low
+        first = threshold(bounds_ptr, lowest, farthest, SHAPE)
+        if more == 1:
+            tl.inline_asm_elementwise(
+                _TWO_CLASSES,
+                _TWO_CLASSES_OPERANDS,
+                [grad, row, key, first, sums],
+                dtype=tl.int8,
+                is_pure=False,
+                pack=32,
+            )
+        else:
+            tl.static_assert(SHAPE.few_buckets == 3)
+            second = threshold(bounds_ptr, lowest + 1, farthest, SHAPE)
+            third = threshold(bounds_ptr, lowest + 2, farthest, SHAPE)
+            tl.inline_asm_elementwise(
+                _FOUR_CLASSES,
+                _FOUR_CLASSES_OPERANDS,
+                [grad, row, key, first, second, third, sums],
+                dtype=tl.int8,
+                is_pure=False,
+                pack=32,
+            )
+
+
+@triton.jit
+def add_bucket_by_warp(grad, bucket, wanted, sums_ptr, SHAPE: tl.constexpr):
+    """Add ``grad`` where ``bucket`` is ``wanted`` to ``sums [entries, warps]``, a column a warp."""
+    sums = (sums_ptr + wanted * SHAPE.warps).to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(
+        _WHERE_EQUAL, _WHERE_EQUAL_OPERANDS, [grad, bucket, wanted, sums], dtype=tl.int8, is_pure=False, pack=32
+    )
 
 
 @triton.jit
@@ -38,6 +110,7 @@ def _add_few(
 @triton.jit
 def add_few_times(
     sums,
+    sums_ptr,
     grad,
     rows,
     cols,
@@ -53,23 +126,69 @@ def add_few_times(
     SHAPE: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """``sums [ENTRIES]`` plus ``grad`` by time bucket, of a block that spans few; otherwise ``sums`` as they are."""
+    """``sums [ENTRIES]`` plus ``grad`` by time bucket, of a block that spans few; otherwise ``sums`` as they are.
+
+    Where warps have sums of their own, ``sums_ptr`` points at them, and ``sums`` stay.
+    """
     FEW: tl.constexpr = SHAPE.few_buckets
-    lowest, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
-    if more == 0:
-        sums += tl.where(tl.arange(0, ENTRIES) == lowest, tl.sum(tl.sum(grad, 1), 0), 0.0)
-    elif more <= FEW:
-        asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
-        if more == 1:
-            sums = _add_few(sums, grad, asked, known, row_high, key_low, lowest, bounds_ptr, SHAPE, ENTRIES, 1)
-        else:
-            sums = _add_few(sums, grad, asked, known, row_high, key_low, lowest, bounds_ptr, SHAPE, ENTRIES, FEW)
+    if SHAPE.sums_by_warp:
+        _add_few_by_warp(
+            grad,
+            rows,
+            cols,
+            row_times,
+            key_times_ptr,
+            seq_start,
+            seq_len,
+            row_low,
+            row_high,
+            key_low,
+            key_high,
+            bounds_ptr,
+            sums_ptr,
+            SHAPE,
+        )
+    else:
+        lowest, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
+        if more == 0:
+            sums += tl.where(tl.arange(0, ENTRIES) == lowest, tl.sum(tl.sum(grad, 1), 0), 0.0)
+        elif more <= FEW:
+            asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+            if more == 1:
+                sums = _add_few(sums, grad, asked, known, row_high, key_low, lowest, bounds_ptr, SHAPE, ENTRIES, 1)
+            else:
+                sums = _add_few(sums, grad, asked, known, row_high, key_low, lowest, bounds_ptr, SHAPE, ENTRIES, FEW)
     return sums
 
 
 @triton.jit
 def add_positions(sums_ptr, grad, rows, cols, row_begin, key_begin, history_end, SHAPE: tl.constexpr):
-    """Add ``grad`` to the position entries at ``sums_ptr``: one atomic for each diagonal of a square.
+    """Add ``grad`` to the position entries at ``sums_ptr``: one atomic for each diagonal of a warp, or of a square."""
+    BLOCK_M: tl.constexpr = SHAPE.block_m
+    REACH: tl.constexpr = SHAPE.reach
+    # Targets all stand at the history end: none of them lies on a diagonal.
+    of_history = tl.where(rows[:, None] < history_end, grad, 0.0)
+    if SHAPE.sums_by_warp:
+        tl.inline_asm_elementwise(
+            _DIAGONALS,
+            _DIAGONALS_OPERANDS,
+            [of_history, (cols[None, :] + REACH) - rows[:, None], sums_ptr.to(tl.int64, bitcast=True), 2 * REACH],
+            dtype=tl.int8,
+            is_pure=False,
+            pack=32,
+        )
+    else:
+        _add_squares(sums_ptr, of_history, row_begin, key_begin, SHAPE)
+    if row_begin + BLOCK_M > history_end:
+        # Their own keys stand there, too.
+        by_key = tl.sum(tl.where(rows[:, None] >= history_end, grad, 0.0), 0)
+        to_target = tl.minimum(cols, history_end) - history_end
+        tl.atomic_add(sums_ptr + tl.maximum(to_target, -REACH) + REACH, by_key, sem="relaxed")
+
+
+@triton.jit
+def _add_squares(sums_ptr, of_history, row_begin, key_begin, SHAPE: tl.constexpr):
+    """The sums of the diagonals of ``of_history [M, N]``, square by square.
 
     Row ``r`` of a square turns left by ``r``: a column then holds two diagonals, one from before and one from behind
     the turn.
@@ -79,8 +198,6 @@ def add_positions(sums_ptr, grad, rows, cols, row_begin, key_begin, history_end,
     HEIGHT: tl.constexpr = BLOCK_M if BLOCK_M < BLOCK_N else BLOCK_N
     SQUARES: tl.constexpr = BLOCK_M // HEIGHT
     REACH: tl.constexpr = SHAPE.reach
-    # Targets all stand at the history end: none of them lies on a diagonal.
-    of_history = tl.where(rows[:, None] < history_end, grad, 0.0)
     turned_from = tl.arange(0, HEIGHT)[:, None] + tl.arange(0, BLOCK_N)[None, :]
     source = tl.broadcast_to((turned_from % BLOCK_N)[None, :, :], SQUARES, HEIGHT, BLOCK_N)
     turned = tl.gather(tl.reshape(of_history, SQUARES, HEIGHT, BLOCK_N), source, 2)
@@ -93,8 +210,3 @@ def add_positions(sums_ptr, grad, rows, cols, row_begin, key_begin, history_end,
     tl.atomic_add(sums_ptr + entry, before, sem="relaxed")
     entry = tl.minimum(tl.maximum(distance - BLOCK_N, -REACH), REACH) + REACH
     tl.atomic_add(sums_ptr + entry, behind, sem="relaxed")
-    if row_begin + BLOCK_M > history_end:
-        # Their own keys stand there, too.
-        by_key = tl.sum(tl.where(rows[:, None] >= history_end, grad, 0.0), 0)
-        to_target = tl.minimum(cols, history_end) - history_end
-        tl.atomic_add(sums_ptr + tl.maximum(to_target, -REACH) + REACH, by_key, sem="relaxed")

@@ -52,6 +52,7 @@ class KernelShape:
         precision: of float32 products, ``ieee`` or ``tf32``.
         assembly: there is inline assembly: a GPU, not the interpreter.
         own_in_registers: as in `Tile`; wants ``assembly``.
+        warps: of a program on Hopper, whose products of two bytes leave 16 rows to each; 0 elsewhere.
         few_buckets: a block whose times span at most that many thresholds compares with each of them.
         grad_stride: of the rows of dq, dk and dv, which may be columns of one wider matrix; 0: contiguous.
     """
@@ -71,8 +72,14 @@ class KernelShape:
     precision: str
     assembly: bool = False
     own_in_registers: int = 0
+    warps: int = 0
     few_buckets: int = 3
     grad_stride: int = 0
+
+    @property
+    def sums_by_warp(self) -> bool:
+        """Whether each warp adds its own sums to the tables' gradients: a block gives each of its threads 32 logits."""
+        return self.block_n == 64 and self.block_m == 16 * self.warps
 
 
 def tile_set(

@@ -1,0 +1,111 @@
+"""What a warp's assembly adds up and looks up, run lane by lane without a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hstu_kernels.attention.triton.assembly import add_by_threshold, add_diagonals, add_where_equal, diagonal_look_up
+from tests.ops.lanes import ORIGIN, Fault, Lanes, Warp, share
+
+ROWS, WARPS = 64, 4
+BASE = 300
+COLUMNS = [16, 32, 64]
+
+
+def random(*shape: int) -> Lanes:
+    return np.random.default_rng(7).standard_normal(shape)
+
+
+def distances(columns: int, step: int = 1) -> Lanes:
+    return BASE + step * (np.arange(columns)[None, :] - np.arange(ROWS)[:, None])
+
+
+def everywhere(value: int, columns: int) -> list[Lanes]:
+    return [np.full(32, value)] * (columns // 2)
+
+
+def strip(tile: Lanes, warp: int) -> Lanes:
+    return tile[16 * warp : 16 * warp + 16]
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("last", [BASE + 40, 1000])
+def test_sums_of_diagonals(columns: int, last: int) -> None:
+    grad, index, sums = random(ROWS, columns), distances(columns), np.zeros(1001)
+    for warp in range(WARPS):
+        arguments = share(grad, warp), share(index, warp), everywhere(ORIGIN, columns), everywhere(last, columns)
+        Warp(sums, warp).run(add_diagonals(columns // 2), columns // 8, *arguments)
+    expected = np.zeros(1001)
+    np.add.at(expected, np.minimum(index, last), grad)
+    np.testing.assert_allclose(sums, expected, atol=1e-12)
+
+
+def test_every_logit_reaches_its_diagonal() -> None:
+    text = add_diagonals(32)
+    for row, column in [(0, 0), (15, 0), (0, 63), (15, 63), (7, 8), (8, 7), (9, 31)]:
+        grad, index, sums = np.zeros((ROWS, 64)), distances(64), np.zeros(1000)
+        grad[row, column] = 1.0
+        Warp(sums, 0).run(text, 8, share(grad, 0), share(index, 0), everywhere(ORIGIN, 64), everywhere(999, 64))
+        assert sums.sum() == sums[BASE + column - row] == 1.0
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("step", [1, -1])
+def test_entries_by_diagonal(columns: int, step: int) -> None:
+    table, index = random(1000), distances(columns, step)
+    elements = columns // 2
+    for warp in range(WARPS):
+        registers = Warp(table, warp).run(
+            diagonal_look_up(elements, step), elements, share(index, warp), everywhere(ORIGIN, columns)
+        )
+        for element, expected in enumerate(share(table[index], warp)):
+            np.testing.assert_array_equal(registers[f"${element}"], expected)
+
+
+@pytest.mark.parametrize("change", ["turned", "columns apart", "rows apart"])
+def test_other_places_of_elements_are_a_fault(change: str) -> None:
+    """Were a compiler to lay a block out in another way, nothing may be added or read."""
+    index = {
+        "turned": BASE + np.arange(ROWS)[:, None] - np.arange(64)[None, :],
+        "columns apart": BASE + 2 * np.arange(64)[None, :] - np.arange(ROWS)[:, None],
+        "rows apart": BASE + np.arange(64)[None, :] - 2 * np.arange(ROWS)[:, None],
+    }[change]
+    memory, grad = np.zeros(1000), random(ROWS, 64)
+    with pytest.raises(Fault):
+        Warp(memory, 1).run(
+            add_diagonals(32), 8, share(grad, 1), share(index, 1), everywhere(ORIGIN, 64), everywhere(999, 64)
+        )
+    assert not memory.any()
+    if change != "rows apart":
+        # Rows of other lanes do not matter to a look-up, which goes by each lane's own index.
+        with pytest.raises(Fault):
+            Warp(memory, 1).run(diagonal_look_up(32, 1), 32, share(index, 1), everywhere(ORIGIN, 64))
+
+
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_sums_by_threshold(more: int) -> None:
+    rng = np.random.default_rng(more)
+    grad = random(ROWS, 64)
+    row, key = rng.integers(0, 50, (ROWS, 1)) + 0 * rng.integers(0, 1, (1, 64)), rng.integers(0, 50, (1, 64))
+    key = key + 0 * row
+    bounds = sorted(rng.integers(-30, 30, more).tolist())
+    sums, expected = np.zeros(WARPS * (more + 2)), np.zeros(WARPS * (more + 2))
+    for warp in range(WARPS):
+        compared = (share(row, warp), share(key, warp), *(everywhere(b, 64) for b in bounds)) if more else ()
+        arguments = share(grad, warp), *compared, everywhere(ORIGIN, 64)
+        Warp(sums, warp).run(add_by_threshold(32, more), 8, *arguments)
+        kind = sum((strip(row - key, warp) >= bound).astype(int) for bound in bounds) + np.zeros((16, 64), int)
+        for place in range(more + 1):
+            expected[place * WARPS + warp] = strip(grad, warp)[kind == place].sum()
+    np.testing.assert_allclose(sums, expected, atol=1e-12)
+
+
+def test_sums_of_one_bucket() -> None:
+    grad, bucket = random(ROWS, 64), np.random.default_rng(3).integers(0, 9, (ROWS, 64))
+    sums = np.zeros(WARPS)
+    for warp in range(WARPS):
+        arguments = share(grad, warp), share(bucket, warp), everywhere(7, 64), everywhere(ORIGIN, 64)
+        Warp(sums, warp).run(add_where_equal(32), 8, *arguments)
+    expected = [strip(grad, warp)[strip(bucket, warp) == 7].sum() for warp in range(WARPS)]
+    np.testing.assert_allclose(sums, expected, atol=1e-12)
