@@ -52,7 +52,7 @@ class Panel(TensorDescriptor):  # type: ignore[misc]
         base: the tensor. shape, strides: of its rows and columns. block_shape: of one copy.
     """
 
-    def __init__(self, base: Tensor | _Address, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
         # The dataclass's own checks cost as much as the rest of a launch; its defaults are attributes of the class.
         self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
 
@@ -226,7 +226,8 @@ class _Address:
 
 def _described(panel: Panel, encode: Callable[[Panel], Sequence[Any]], address: int) -> tuple[Any, ...]:
     """The arguments of a launch for what ``panel`` describes, at another address."""
-    return tuple(encode(Panel(_Address(address), panel.shape, panel.strides, panel.block_shape)))
+    place: Any = _Address(address)
+    return tuple(encode(Panel(place, panel.shape, panel.strides, panel.block_shape)))
 
 
 def _as_it_is(panel: Panel) -> tuple[Panel]:
@@ -246,7 +247,8 @@ class _Innermost:
 
 def _innermost(run: Any) -> _Innermost | None:
     """``None`` in a Triton that is not known, and for kernels that need memory of their own."""
-    if not _calls_as_known(type(run)):
+    kind: Any = type(run)
+    if not _calls_as_known(kind):
         return None
     if run.global_scratch_size or run.profile_scratch_size:
         return None
@@ -254,7 +256,7 @@ def _innermost(run: Any) -> _Innermost | None:
     around = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(run.launch) else {}
     if "tensordesc_meta" not in around:
         return _Innermost(run.launch, None, ())
-    encode = sys.modules[type(run).__module__].make_tensordesc_arg
+    encode = sys.modules[kind.__module__].make_tensordesc_arg
     return _Innermost(around["launcher"], encode, around["tensordesc_meta"])
 
 
