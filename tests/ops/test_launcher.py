@@ -5,8 +5,10 @@ A recorder stands where Triton would compile and launch. Tensors are the CPU's; 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hstu_kernels import AttentionMask, JaggedLayout, LayerKV, gated_norm, hstu_attention, hstu_target_attention
+from hstu_kernels import (
+    AttentionMask,
+    JaggedLayout,
+    LayerKV,
+    RelativeBias,
+    gated_norm,
+    hstu_attention,
+    hstu_target_attention,
+)
 from hstu_kernels import backend as backends
 from hstu_kernels.attention import api
-from hstu_kernels.attention.triton import interpreting
+from hstu_kernels.attention.triton import TritonPlan, interpreting
 from hstu_kernels.gated_norm import api as gate_api
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -43,7 +53,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    from hstu_kernels.attention.triton import arguments, launch, target_launch
+    from hstu_kernels.attention.triton import arguments, calls, target_launch
     from hstu_kernels.gated_norm.triton import launch as gate_launch
     from hstu_kernels.triton import launcher
 
@@ -53,7 +63,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setattr(arguments, "_has_copy_engine", lambda device: True)
     monkeypatch.setattr(target_launch, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(backends, "_triton_obstacle", lambda facts: None)
-    caches = (api._decided, gate_api._decided, launch._variant, target_launch._variant, gate_launch._variant)
+    caches = (api._decided, gate_api._decided, calls._variant, target_launch._variant, gate_launch._variant)
     for cache in caches:
         cache.cache_clear()
     yield made
@@ -285,6 +295,129 @@ def test_parameters_in_another_order_are_refused() -> None:
 
     with pytest.raises(TypeError, match="expected pointers and descriptors, then numbers, then constants"):
         Variant(kernel, BLOCK=16)
+
+
+# Launches that wait for nothing but addresses.
+
+
+def seen(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of a launch with descriptors taken apart."""
+    panels = [(a.base.data_ptr(), a.shape, a.strides, a.block_shape) if hasattr(a, "base") else a for a in arguments]
+    return tuple(panels)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("width", [64, 24])
+def test_a_ready_launch_passes_what_a_first_one_does(
+    width: int, biased: bool, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hstu_kernels.attention.triton import calls
+
+    bias = None
+    if biased:
+        bias = RelativeBias(aligned(15).requires_grad_(), aligned(9).requires_grad_(), torch.arange(16) * 1000)
+    plan = api.plan_attention(LAYOUT, MASK, bias=bias, total_rows=16, backend="triton")
+    kept: list[Any] = []
+
+    def step(alpha: float, spread: int) -> None:
+        q, k, v, grad = (spaced(width, spread).requires_grad_() for _ in range(4))
+        out = hstu_attention(q, k, v, LAYOUT, MASK, alpha=alpha, scale=0.1, bias=bias, backend="triton", plan=plan)
+        kept.append((q, k, v, grad, out, torch.autograd.grad(out, (q, k, v), grad.detach())))
+
+    calls_made: list[bool] = []
+    first = calls.Job.first
+    monkeypatch.setattr(calls.Job, "first", lambda *a, **o: (calls_made.append(True), first(*a, **o))[1])
+    for alpha, spread in ((0.1, 0), (0.1, 8), (0.2, 0)):
+        for _ in range(2):
+            step(alpha, spread)
+    for alpha, spread in ((0.2, 0), (0.1, 8), (0.1, 0)):
+        calls_made.clear()
+        recorder.direct.clear()
+        step(alpha, spread)
+        assert not calls_made
+        ready = [seen(arguments) for arguments in recorder.direct]
+        inputs = kept[-1][:3]
+        addresses = {arguments[9:12] for arguments in ready}
+        assert addresses == {tuple(x.data_ptr() for x in inputs)}
+        # The same once more the long way: numbers, constants, descriptors and what the plan owns are the same.
+        recorder.direct.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(calls, "is_current", lambda device: False)
+            step(alpha, spread)
+        again = [seen(arguments) for arguments in recorder.direct]
+        assert calls_made
+        assert [shape_of_launch(a) for a in again] == [shape_of_launch(a) for a in ready]
+
+
+def shape_of_launch(arguments: tuple[Any, ...]) -> list[Any]:
+    """Of a launch all but addresses of tensors that come and go, which are large and change; descriptors' geometry."""
+    return [
+        a[1:] if isinstance(a, tuple) else a if not isinstance(a, int) or a < 2**32 else "address" for a in arguments
+    ]
+
+
+def spaced(width: int, spread: int) -> Tensor:
+    """``[16, 2, width]`` whose rows lie ``spread`` further apart than they have to."""
+    stride = 2 * width + spread
+    return aligned(16 * stride, torch.bfloat16).view(16, stride)[:, : 2 * width].unflatten(1, (2, width)).detach()
+
+
+def test_what_is_not_aligned_is_never_ready(recorder: Recorder) -> None:
+    plan = api.plan_attention(LAYOUT, MASK, total_rows=16, backend="triton")
+    compiled = []
+    for offset in (0, 0, 2, 0, 2):
+        q, k, v = (aligned(16 * 128, torch.bfloat16, offset).view(16, 2, 64) for _ in range(3))
+        hstu_attention(q, k, v, LAYOUT, MASK, **OPTIONS, plan=plan)
+        compiled.append(recorder.compiled)
+    # One kernel for each alignment.
+    assert [count - compiled[0] for count in compiled] == [0, 0, 1, 1, 1]
+
+
+def test_a_plan_goes_when_nobody_holds_it(recorder: Recorder) -> None:
+    plan = api.plan_attention(LAYOUT, MASK, total_rows=16, backend="triton")
+    inputs = [x.requires_grad_() for x in rows()]
+    for _ in range(2):
+        out = hstu_attention(*inputs, LAYOUT, MASK, **OPTIONS, plan=plan)
+        torch.autograd.grad(out, inputs, rows()[0])
+    assert isinstance(plan.state, TritonPlan)
+    lists = [weakref.ref(work) for work in plan.state.work.values()]
+    gc.collect()
+    gc.disable()
+    try:
+        del plan, out
+        assert lists and all(work() is None for work in lists)
+    finally:
+        gc.enable()
+
+
+def test_the_innermost_launcher_gets_what_triton_passes_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.nvidia import driver
+
+    from hstu_kernels.triton import launcher
+
+    if not launcher._calls_as_known(driver.CudaLauncher):
+        pytest.skip("this Triton's launchers are called in another way")
+    monkeypatch.setattr(launcher, "_current_stream", lambda device: 11)
+    monkeypatch.setattr(driver, "make_tensordesc_arg", lambda panel, meta: [panel.base.data_ptr(), *panel.shape, meta])
+    got: list[Any] = []
+    x, y, z = aligned(64), aligned(64, torch.float16).view(4, 16), aligned(64, torch.float16).view(4, 16)
+    for signature, metas in (
+        ({"x": "*fp32", "n": "i32"}, None),
+        ({"x": "*fp32", "y": "tensordesc<fp16[4, 16]>", "z": "tensordesc<fp16[2, 16]>", "n": "i32"}, ["one", "two"]),
+    ):
+        run = driver.CudaLauncher.__new__(driver.CudaLauncher)
+        run.global_scratch_size = run.profile_scratch_size = run.global_scratch_align = run.profile_scratch_align = 0
+        run.launch_cooperative_grid, run.launch_pdl = False, True
+        run.launch = driver.wrap_handle_tensordesc(lambda *arguments: got.append(arguments), signature, metas)
+        panels = [(1 + i, launcher.Panel(t, [4, 16], [16, 1], [4 - 2 * i, 16])) for i, t in enumerate((y, z)) if metas]
+        run(3, 1, 1, 11, 7, (4, 1, 0), None, None, None, x.data_ptr(), *(panel for _, panel in panels), 5)
+        compiled = (run, 7, (4, 1, 0), launcher._innermost(run), {})
+        ready = launcher.Ready(None, compiled, 0, 3, panels, (5,))
+        for _ in range(2):
+            ready([x.data_ptr(), *(panel.base.data_ptr() for _, panel in panels)])
+        assert len(got) == 3
+        assert got[0] == got[1] == got[2]
+        got.clear()
 
 
 # What a warm call may cost, counted instead of timed: calls of Python functions, and operations of PyTorch.

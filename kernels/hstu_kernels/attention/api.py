@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -114,7 +116,8 @@ def hstu_attention(
         TypeError, ValueError: inputs do not fit together; the message names the argument.
         UnsupportedBackend: an explicit backend cannot serve the call.
     """
-    q, k, v = _autocast(q, k, v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
     resolved = _resolve(backend, q.device, q.dtype, q.shape[2], v.shape[2])
     if torch.compiler.is_compiling():
@@ -123,10 +126,7 @@ def hstu_attention(
         return operator_attention(q, k, v, layout, mask, alpha=alpha, scale=scale, bias=bias, backend=resolved)
     plan = _fitting(plan, layout, mask, bias, q, resolved)
     if isinstance(plan.state, TritonPlan):
-        # Here, so that everything else runs where Triton is not installed.
-        from hstu_kernels.attention.triton.launch import triton_attention
-
-        return triton_attention(q, k, v, plan.state, alpha=alpha, scale=scale, bias=bias)
+        return _triton().triton_attention(q, k, v, plan.state, alpha=alpha, scale=scale, bias=bias)  # type: ignore[no-any-return]
     if plan.state is not None:
         return eager_attention(q, k, v, plan.state, alpha=alpha, scale=scale, bias=bias)
     return reference_attention(q, k, v, layout, mask, alpha=alpha, scale=scale, bias=bias)
@@ -237,6 +237,12 @@ def hstu_target_attention(
         return triton_target_attention(q, k, v, cache, layout, mask, alpha=alpha, scale=scale, bias=bias)
     call = eager_target_attention if resolved is Backend.EAGER else reference_target_attention
     return call(q, k, v, cache, layout, mask, alpha=alpha, scale=scale, bias=bias)
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    """The module of the launches, not imported before so that everything else runs where Triton is not installed."""
+    return importlib.import_module("hstu_kernels.attention.triton.launch")
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

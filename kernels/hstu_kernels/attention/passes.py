@@ -35,8 +35,7 @@ class AttentionPasses:
             return eager_forward(q, k, v, pos_table, time_table, self.state, *numbers)
         from hstu_kernels.attention.triton import launch
 
-        tiles = launch.tiles_of(q, v, self.state, biased=pos_table is not None or time_table is not None)
-        return launch.triton_forward(q, k, v, pos_table, time_table, self.state, *numbers, tiles)
+        return launch.triton_forward(q, k, v, pos_table, time_table, self.state, *numbers)
 
     def backward(
         self,
@@ -66,10 +65,9 @@ class AttentionPasses:
         else:
             from hstu_kernels.attention.triton import launch
 
-            tiles = launch.tiles_of(q, v, self.state, biased=pos_table is not None or time_table is not None)
             wanted = (True, True, True, *needed)
             tables = (pos_table, time_table)
-            found = launch.triton_backward(grad, q, k, v, *tables, self.state, *numbers, tiles, wanted, into=into)
+            found = launch.triton_backward(grad, q, k, v, *tables, self.state, *numbers, None, wanted, into=into)
         dpos, dtime = (gradient if need else None for gradient, need in zip(found[3:], needed, strict=True))
         return dpos, dtime
 

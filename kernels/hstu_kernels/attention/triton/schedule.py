@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class TritonPlan:
     ends: Tensor | None = None
     # (side, block) -> [L, 2]
     spans: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    # What `calls` found out about calls on this plan, by their kind.
+    kits: dict[Any, Any] = field(default_factory=dict)
 
     def query_work(self, block_m: int, block_n: int) -> Tensor:
         """``[lines, LINE]`` int64: query tiles and the key blocks they meet; some lines are empty."""
