@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ from hstu_plugin.config import NegativeSource
 from hstu_plugin.sequence import JaggedSequence
 
 _NEGATIVES, _LENGTHS = 3, 4
+# More steps than a pipeline looks ahead.
+_AHEAD = 8
 
 
 class HistorySampler(Protocol):
@@ -144,6 +147,7 @@ class RankBatches:
         self.rank, self.world_size = rank, world_size
         self.training, self.sampler = training, sampler
         self.skipped = SkippedData() if skipped is None else skipped
+        self._states: deque[tuple[tuple[int, int], dict[str, Any]]] = deque(maxlen=_AHEAD)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[SequenceBatch]:
         """Batches of an epoch; every rank yields the same number of them."""
@@ -160,6 +164,13 @@ class RankBatches:
         for epoch, step in stream.steps():
             yield self._batch([next(pieces) for _ in range(max(1, workers))], epoch, step)
 
+    def sampler_state(self, epoch: int, step: int) -> dict[str, Any] | None:
+        """The sampler's state before it draws for a step: one of the latest, or the next; ``None`` without sampler."""
+        if self.sampler is None:
+            return None
+        drawn = dict(self._states)
+        return drawn[epoch, step] if (epoch, step) in drawn else self.sampler.state_dict()
+
     def _batch(self, pieces: list[Piece], epoch: int, step: int) -> SequenceBatch:
         for piece in pieces:
             self.skipped.rows += piece.lost
@@ -169,6 +180,7 @@ class RankBatches:
         history = [key for key in schema.along_history if key in columns]
         columns |= {key: columns[key].last(data.max_history) for key in history}
         if self.training and self.sampler is not None:
+            self._states.append(((epoch, step), self.sampler.state_dict()))
             columns |= self._sampled(columns, history, epoch, step)
         if schema.negative is not None:
             columns[schema.negative] = self._negatives(max(1, len(columns[schema.item].lengths)), epoch, step)

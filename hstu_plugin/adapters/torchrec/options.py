@@ -142,6 +142,7 @@ class RunOptions:
     output_dir: checkpoints, TensorBoard files and the result go there; all ranks must see it.
     epochs: passes over the data. max_steps: stop after so many, 0: no bound.
     seed: of weights, order, negatives and dropout. precision: of the dense part.
+    messages: precision in which looked-up rows, and their gradients, travel between ranks; ``BF16`` on CUDA alone.
     checkpoint_every: steps between checkpoints, 0: only at the end and on SIGTERM. keep_checkpoints: the newest.
     eval_every: steps between evaluations, 0: only at the end. log_every: steps between log lines.
     resume: whether to go on. timeout_s: a rank that waits longer for the others gives up.
@@ -154,6 +155,7 @@ class RunOptions:
     max_steps: int = 0
     seed: int = 0
     precision: Precision = Precision.FP32
+    messages: Precision = Precision.FP32
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     eval_every: int = 0
@@ -166,6 +168,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", Precision(self.precision))
+        object.__setattr__(self, "messages", Precision(self.messages))
         object.__setattr__(self, "resume", Resume(self.resume))
         object.__setattr__(self, "top_k", tuple(self.top_k))
         for name, low in (("epochs", 1), ("max_steps", 0), ("checkpoint_every", 0), ("keep_checkpoints", 1)):

@@ -46,9 +46,17 @@ class Column:
         places = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Column(self.values[places], offsets)
 
+    def part(self, begin: int, end: int) -> Column:
+        """Rows ``[begin, end)``, not copied."""
+        low, high = self.offsets[begin], self.offsets[end]
+        return Column(self.values[low:high], self.offsets[begin : end + 1] - low)
+
     def last(self, limit: int) -> Column:
         """The last ``limit`` values of each row."""
-        lengths = np.minimum(self.lengths, limit)
+        whole = self.lengths
+        if not len(whole) or whole.max() <= limit:
+            return self
+        lengths = np.minimum(whole, limit)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         places = np.repeat(self.offsets[1:] - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Column(self.values[places], offsets)
@@ -56,6 +64,8 @@ class Column:
 
 def join(parts: list[dict[str, Column]]) -> dict[str, Column]:
     """The rows of all parts, one after another."""
+    if len(parts) == 1:
+        return dict(parts[0])
     joined = {}
     for key in parts[0]:
         columns = [part[key] for part in parts]
