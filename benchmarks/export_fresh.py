@@ -1,7 +1,8 @@
 """Scorers out of files, in a process without our operators: checked and timed.
 
-``python -I benchmarks/export_fresh.py CASE RUNS KIND=FILE ...`` prints one JSON object. CASE holds inputs and the scores
-that were wanted where the files were written; KIND is ``exported`` (``torch.export``) or ``compiled`` (AOTInductor).
+``python -I benchmarks/export_fresh.py CASE RUNS KIND=FILE ...`` prints one JSON object. CASE holds inputs and the
+scores that were wanted where the files were written; KIND is ``exported`` (``torch.export``) or ``compiled``
+(AOTInductor).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from hstu_plugin.adapters.torchrec.stream import Piece, PieceStream, StreamPlan
 from hstu_plugin.config import NegativeSource
 from hstu_plugin.sequence import JaggedSequence
 
-_NEGATIVES, _LENGTHS = 3, 4
+_NEGATIVES, _LENGTHS, _IDS = 3, 4, 5
 # More steps than a pipeline looks ahead.
 _AHEAD = 8
 
@@ -182,9 +182,22 @@ class RankBatches:
         if self.training and self.sampler is not None:
             self._states.append(((epoch, step), self.sampler.state_dict()))
             columns |= self._sampled(columns, history, epoch, step)
+        if self.training and data.id_dropout:
+            columns |= self._dropped(columns, epoch, step)
         if schema.negative is not None:
             columns[schema.negative] = self._negatives(max(1, len(columns[schema.item].lengths)), epoch, step)
         return to_batch(columns, schema, self.plan.columns.labels)
+
+    def _dropped(self, columns: dict[str, Column], epoch: int, step: int) -> dict[str, Column]:
+        """The columns of ids that `DataOptions.id_dropout` names, with some of them unknown."""
+        draw = np.random.default_rng((self.options.run.seed, epoch, step, self.rank, _IDS))
+        found = {}
+        for key in self.options.schema.id_keys:
+            rate = self.options.data.id_dropout.get(self.options.schema.table_of(key).name, 0.0)
+            if rate and key in columns:
+                values = columns[key].values
+                found[key] = Column(np.where(draw.random(len(values)) < rate, 0, values), columns[key].offsets)
+        return found
 
     def _negatives(self, users: int, epoch: int, step: int) -> Column:
         """The same on all ranks, all with the first user: drawn ones, or the whole table; none in evaluation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from hstu_plugin.adapters.torchrec.retrieval import HSTURetrievalModel, HSTURetr
 from hstu_plugin.adapters.torchrec.samplers import make_sampler
 from hstu_plugin.adapters.torchrec.sharding import describe_plan, draw_tables, shard_model
 from hstu_plugin.optim import dense_adamw
+from hstu_plugin.schedule import rate_factor
 
 _META = torch.device("meta")
 
@@ -224,7 +225,8 @@ class Trainer:
 
     def _set_rates(self) -> None:
         optim = self.options.optim
-        factor = min(1.0, (self.step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
+        total = self.options.run.epochs * self.plan.steps_an_epoch
+        factor = rate_factor(optim.lr_schedule, self.step, optim.warmup_steps, total)
         for group in self.dense.param_groups:
             group["lr"] = optim.dense_lr * factor
         for group in self.model.fused_optimizer.param_groups:
@@ -306,7 +308,8 @@ def _make_task(options: TrainOptions) -> torch.nn.Module:
     autocast = torch.bfloat16 if options.run.precision is Precision.BF16 else None
     if options.task is TaskName.RANKING:
         assert options.ranking is not None
-        ranker = HSTURankingModel(options.model, options.schema, options.ranking, mixture=options.mixture, device=_META)
+        more: Mapping[str, Any] = {"mixture": options.mixture, "head_users": options.head_users}
+        ranker = HSTURankingModel(options.model, options.schema, options.ranking, device=_META, **more)
         if options.label_means:
             ranker.head.core.head.start_from(torch.tensor(options.label_means))
         return HSTURankingTask(ranker, autocast=autocast)
