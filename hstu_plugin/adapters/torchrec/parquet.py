@@ -163,14 +163,22 @@ def list_row_groups(paths: list[str], columns: FileColumns, on_corrupt: OnCorrup
     return groups, skipped
 
 
-def read_row_group(group: RowGroup, columns: FileColumns) -> dict[str, Column]:
+def read_row_group(
+    group: RowGroup, columns: FileColumns, footers: dict[str, pq.FileMetaData] | None = None
+) -> dict[str, Column]:
     """The checked columns of one row group.
+
+    Args:
+        group: place. columns: what to read.
+        footers: by path, read where missing and kept there; that of a file with many groups takes longer than a group.
 
     Raises:
         CorruptFile: it cannot be read. ValueError: a value is wrong; names file, row and key.
     """
     try:
-        with pq.ParquetFile(group.path) as file:
+        with pq.ParquetFile(group.path, metadata=None if footers is None else footers.get(group.path)) as file:
+            if footers is not None:
+                footers[group.path] = file.metadata
             table = file.read_row_group(group.group, columns=columns.names)
     except (pa.ArrowException, OSError) as error:
         raise CorruptFile(f"{group.path}: row group {group.group} cannot be read: {error}") from error

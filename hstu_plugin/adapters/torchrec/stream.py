@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -156,13 +157,14 @@ class _GroupCache:
         self.held: WeakValueDictionary[RowGroup, _Group] = WeakValueDictionary()
         self.latest: OrderedDict[RowGroup, _Group] = OrderedDict()
         self.bytes = 0
+        self.footers: dict[str, Any] = {}
 
     def get(self, place: RowGroup) -> _Group:
         """The group, from memory or from its file."""
         group = self.held.get(place)
         if group is None:
             try:
-                group = _Group(read_row_group(place, self.plan.columns))
+                group = _Group(read_row_group(place, self.plan.columns, self.footers))
             except CorruptFile as error:
                 if self.plan.on_corrupt is OnCorrupt.ERROR:
                     raise CorruptFile(f"{error}; remove the file, or set data.on_corrupt: skip") from error
