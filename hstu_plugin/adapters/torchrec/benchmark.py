@@ -76,18 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = vars(parser.parse_args(arguments))
     output, table = parsed.pop("output"), parsed.pop("profile")
     device, local_world_size = join_group(_TIMEOUT_S)
-    record = measure(Sizes(**parsed), device, local_world_size, profile_to=table)
+    record, steps = measure(Sizes(**parsed), device, local_world_size)
     if dist.get_rank() == 0:
         write_json(output, record)
         print(f"{record['samples_per_second']:.1f} samples/s on {record['world_size']}, MFU {record['mfu']:.3f}")
+    if table is not None:
+        _write_profile(table, steps)
     dist.destroy_process_group()
     return 0
 
 
-def measure(
-    sizes: Sizes, device: torch.device, local_world_size: int, *, profile_to: Path | None = None
-) -> dict[str, Any]:
-    """Train on batches made before the clock starts; the record of this process group."""
+def measure(sizes: Sizes, device: torch.device, local_world_size: int) -> tuple[dict[str, Any], Callable[[], object]]:
+    """Train on batches made before the clock starts; the record of this group, and what runs some steps more."""
     config = HSTUConfig(
         embedding_dim=sizes.embedding_dim,
         num_layers=sizes.num_layers,
@@ -138,11 +138,9 @@ def measure(
     taken = torch.tensor([_between(*pair) / block for pair in pairwise(marks)], dtype=torch.float64, device=device)
     dist.all_reduce(taken, op=dist.ReduceOp.MAX)
     seconds = float(taken.quantile(0.5))
-    if profile_to is not None:
-        _write_profile(profile_to, lambda: [pipeline.progress(batches) for _ in range(_BATCHES)])
     flops = sum(_flops(config, batch, sizes) for batch in made) / _BATCHES
     peak = matrix_rate(device, torch.bfloat16 if autocast else torch.float32)
-    return {
+    record = {
         "sizes": asdict(sizes),
         "world_size": world,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -162,6 +160,7 @@ def measure(
         "versions": runtime_versions(),
         "machine": machine(),
     }
+    return record, lambda: [pipeline.progress(batches) for _ in range(_BATCHES)]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
