@@ -132,6 +132,7 @@ class _Columns:
                 "head_dims": list(settings.head_dims),
                 "head_dropout": settings.head_dropout,
             },
+            "head_users": settings.head_users and bool(self.users),
             "label_means": [float(mean) for mean in train.nanmean(0)],
             "data": {
                 "train": str(out.resolve() / "train"),
@@ -139,19 +140,29 @@ class _Columns:
                 "batch_size": settings.batch_size,
                 "max_history": max(1, settings.max_history),
                 "bucket_steps": 1,
+                "id_dropout": self._id_dropout(),
             },
             "optim": {
                 "dense_lr": settings.learning_rate,
                 "dense_weight_decay": settings.weight_decay,
-                "dense_betas": [0.9, 0.999],
+                "dense_betas": list(settings.betas),
                 "clip_norm": settings.clip_norm or 0.0,
                 "tables": (TableOptimizer.ADAMW if exact else TableOptimizer.ADAGRAD).value,
                 "table_lr": rate if exact else 10 * rate,
                 "table_weight_decay": decay if exact else 0.0,
+                "table_betas": list(settings.betas),
                 "warmup_steps": settings.warmup_steps,
+                "lr_schedule": settings.lr_schedule.value,
             },
             "run": {"output_dir": str(out.resolve() / "run"), "epochs": settings.epochs},
         }
+
+    def _id_dropout(self) -> dict[str, float]:
+        """The rates by the names of the tables."""
+        features = self.data.features
+        tables = {feature.name: key for feature, key in zip(features.items, self.items, strict=True)}
+        tables |= {feature.name: key for feature, key in zip(features.users, self.users, strict=True)}
+        return {tables[name]: rate for name, rate in self.settings.id_dropout.items() if rate and name in tables}
 
 
 def _candidate(key: str) -> str:

@@ -145,8 +145,6 @@ def _config(recipe: Mapping[str, Any], model: Any, out: Path, *, num_items: int,
     decay = float(recipe.get("weight_decay") or 0.0)
     if learner == "adam" and decay:
         raise ValueError("weight_decay: expected 0 with learner adam, whose decay is no AdamW's; take adamw")
-    if run.lr_schedule != "constant":
-        raise ValueError(f"lr_schedule: expected constant, got {run.lr_schedule}; this trainer has no other")
     per_row = retrieval.loss is LossType.FULL_SOFTMAX or retrieval.negatives is NegativeSource.UNIFORM
     pool = NegativePool.TABLE if per_row and num_items <= _WHOLE_TABLE else NegativePool.SHARED
     if pool is NegativePool.SHARED and retrieval.loss is LossType.FULL_SOFTMAX:
@@ -188,6 +186,7 @@ def _config(recipe: Mapping[str, Any], model: Any, out: Path, *, num_items: int,
             "table_weight_decay": decay if exact else 0.0,
             "table_betas": betas,
             "warmup_steps": run.warmup_steps,
+            "lr_schedule": run.lr_schedule.value,
         },
         "run": {
             "output_dir": str(out.resolve() / "run"),

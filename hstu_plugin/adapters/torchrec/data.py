@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,7 +28,9 @@ from hstu_plugin.adapters.torchrec.stream import Piece, PieceStream, StreamPlan
 from hstu_plugin.config import NegativeSource
 from hstu_plugin.sequence import JaggedSequence
 
-_NEGATIVES, _LENGTHS = 3, 4
+_NEGATIVES, _LENGTHS, _IDS = 3, 4, 5
+# More steps than a pipeline looks ahead.
+_AHEAD = 8
 
 
 class HistorySampler(Protocol):
@@ -144,6 +147,7 @@ class RankBatches:
         self.rank, self.world_size = rank, world_size
         self.training, self.sampler = training, sampler
         self.skipped = SkippedData() if skipped is None else skipped
+        self._states: deque[tuple[tuple[int, int], dict[str, Any]]] = deque(maxlen=_AHEAD)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[SequenceBatch]:
         """Batches of an epoch; every rank yields the same number of them."""
@@ -160,6 +164,13 @@ class RankBatches:
         for epoch, step in stream.steps():
             yield self._batch([next(pieces) for _ in range(max(1, workers))], epoch, step)
 
+    def sampler_state(self, epoch: int, step: int) -> dict[str, Any] | None:
+        """The sampler's state before it draws for a step: one of the latest, or the next; ``None`` without sampler."""
+        if self.sampler is None:
+            return None
+        drawn = dict(self._states)
+        return drawn[epoch, step] if (epoch, step) in drawn else self.sampler.state_dict()
+
     def _batch(self, pieces: list[Piece], epoch: int, step: int) -> SequenceBatch:
         for piece in pieces:
             self.skipped.rows += piece.lost
@@ -169,10 +180,24 @@ class RankBatches:
         history = [key for key in schema.along_history if key in columns]
         columns |= {key: columns[key].last(data.max_history) for key in history}
         if self.training and self.sampler is not None:
+            self._states.append(((epoch, step), self.sampler.state_dict()))
             columns |= self._sampled(columns, history, epoch, step)
+        if self.training and data.id_dropout:
+            columns |= self._dropped(columns, epoch, step)
         if schema.negative is not None:
             columns[schema.negative] = self._negatives(max(1, len(columns[schema.item].lengths)), epoch, step)
         return to_batch(columns, schema, self.plan.columns.labels)
+
+    def _dropped(self, columns: dict[str, Column], epoch: int, step: int) -> dict[str, Column]:
+        """The columns of ids that `DataOptions.id_dropout` names, with some of them unknown."""
+        draw = np.random.default_rng((self.options.run.seed, epoch, step, self.rank, _IDS))
+        found = {}
+        for key in self.options.schema.id_keys:
+            rate = self.options.data.id_dropout.get(self.options.schema.table_of(key).name, 0.0)
+            if rate and key in columns:
+                values = columns[key].values
+                found[key] = Column(np.where(draw.random(len(values)) < rate, 0, values), columns[key].offsets)
+        return found
 
     def _negatives(self, users: int, epoch: int, step: int) -> Column:
         """The same on all ranks, all with the first user: drawn ones, or the whole table; none in evaluation."""

@@ -161,7 +161,13 @@ class PaddedRankingScorer(nn.Module):
         self.padded = PaddedEncoder(core)
 
     def forward(
-        self, history: Tensor, lengths: Tensor, candidates: Tensor, times: Tensor, candidate_times: Tensor
+        self,
+        history: Tensor,
+        lengths: Tensor,
+        candidates: Tensor,
+        times: Tensor,
+        candidate_times: Tensor,
+        context: Tensor | None = None,
     ) -> Tensor:
         """``[B, M, num_tasks]``: logits of binary tasks, values of regressions; rows of padding hold anything.
 
@@ -171,7 +177,14 @@ class PaddedRankingScorer(nn.Module):
             candidates: ``[B, M, D]`` token vectors.
             times: ``[B, N]`` int64 seconds, 0 for contextual rows; read by models with a time bias only.
             candidate_times: ``[B, M]`` int64 seconds at which each candidate is asked for.
+            context: ``[B, context_width]``, where the model's head reads one (`RankingHead.context`).
+
+        Raises:
+            ValueError: the context is missing, or the model has none.
         """
+        if (self.core.context_width > 0) != (context is not None):
+            wanted = f"[B, {self.core.context_width}]" if self.core.context_width else "None, as the model has none"
+            raise ValueError(f"context: expected {wanted}, got {None if context is None else tuple(context.shape)}")
         width, asked = history.shape[1], candidates.shape[1]
         places = torch.arange(width, device=history.device)[None, :].expand(history.shape[0], -1)
         behind = lengths[:, None] + torch.arange(asked, device=history.device)
@@ -187,7 +200,10 @@ class PaddedRankingScorer(nn.Module):
             torch.cat([self.padded.row_times(times, lengths, own), candidate_times], dim=1),
             self.contextual,
         )
-        scores: Tensor = self.core.head(rows[:, width:])
+        shown = rows[:, width:]
+        if context is not None:
+            shown = torch.cat([shown, context[:, None].expand(-1, asked, -1)], dim=2)
+        scores: Tensor = self.core.head(shown)
         return scores
 
 
@@ -203,12 +219,14 @@ def export_scorer(
     assert isinstance(weight, Tensor)
     device = weight.device
     asked = (batch, num_candidates) if isinstance(scorer, PaddedRankingScorer) else (batch,)
-    example = (
+    example: tuple[Tensor, ...] = (
         torch.zeros(batch, history_len, dim, device=device, dtype=weight.dtype),
         torch.full((batch,), history_len, dtype=torch.int64, device=device),
         torch.zeros(batch, num_candidates, dim, device=device, dtype=weight.dtype),
         torch.zeros(batch, history_len, dtype=torch.int64, device=device),
         torch.zeros(asked, dtype=torch.int64, device=device),
     )
+    if isinstance(scorer, PaddedRankingScorer) and scorer.core.context_width:
+        example += (torch.zeros(batch, scorer.core.context_width, device=device, dtype=weight.dtype),)
     users = torch.export.Dim("users", min=1)
     return torch.export.export(scorer, example, dynamic_shapes=tuple({0: users} for _ in example))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from hstu_plugin.adapters.torchrec.retrieval import HSTURetrievalModel, HSTURetr
 from hstu_plugin.adapters.torchrec.samplers import make_sampler
 from hstu_plugin.adapters.torchrec.sharding import describe_plan, draw_tables, shard_model
 from hstu_plugin.optim import dense_adamw
+from hstu_plugin.schedule import rate_factor
 
 _META = torch.device("meta")
 
@@ -69,6 +69,7 @@ class Trainer:
         self.skipped = SkippedData()
         self.report = Report(options, rank=self.rank, world_size=self.world_size)
         self.sampler: HistorySampler | None = make_sampler(options)
+        self._source: RankBatches | None = None
         self.plan = self._plan_data(training=True)
         self.model = shard_model(
             _make_task(options),
@@ -78,6 +79,7 @@ class Trainer:
             choices=options.sharding,
             local_world_size=local_world_size,
             batch_size=options.data.batch_size // self.world_size,
+            messages=options.run.messages,
         )
         draw_tables(self.model, options.run.seed)
         self.report.say(describe_plan(self.model.plan, options.schema, options.model.embedding_dim))
@@ -113,12 +115,14 @@ class Trainer:
         """
         options = self.options.run
         finished, metrics = True, {}
-        # In-flight batches belong to an epoch: each has a pipeline of its own.
+        # One pipeline for all epochs: it looks two batches ahead, and takes a while to fill.
+        pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
         batches = self._batches()
         while self.epoch < options.epochs and not self._enough():
-            finished = self._train_epoch(islice(batches, self.plan.steps_an_epoch - self.epoch_step))
+            finished = self._train_epoch(pipeline, batches)
             if not finished:
                 break
+        pipeline.detach()
         self._check_finite()
         self._save()
         if finished and self.options.data.eval is not None:
@@ -152,10 +156,9 @@ class Trainer:
         self.report.evaluated(self.step, metrics)
         return metrics
 
-    def _train_epoch(self, batches: Iterator[SequenceBatch]) -> bool:
+    def _train_epoch(self, pipeline: TrainPipelineSparseDist, batches: Iterator[SequenceBatch]) -> bool:
         """The rest of the epoch; False when asked to stop."""
         options = self.options.run
-        pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
         while self.epoch_step < self.plan.steps_an_epoch and not self._enough():
             self._set_rates()
             # Dropout of a step follows from its number, so that a resumed run draws the same.
@@ -174,16 +177,19 @@ class Trainer:
                 self._check_finite()
                 self._save()
             if options.eval_every and self.step % options.eval_every == 0 and self.options.data.eval is not None:
-                # Gives the tables their own forward back; the next step attaches them again.
+                # The tables need their own forward for it.
                 pipeline.detach()
                 self.evaluate()
-        pipeline.detach()
+                pipeline.attach()
+                if pipeline.contexts:
+                    # Attaching sends the ids of the next batch anew, and leaves it to us to receive them.
+                    pipeline.wait_sparse_data_dist(pipeline.contexts[0])
         if self.epoch_step >= self.plan.steps_an_epoch:
             self.epoch, self.epoch_step = self.epoch + 1, 0
         return True
 
     def _batches(self) -> Iterator[SequenceBatch]:
-        source = RankBatches(
+        self._source = RankBatches(
             self.options,
             self.plan,
             rank=self.rank,
@@ -192,7 +198,7 @@ class Trainer:
             sampler=self.sampler,
             skipped=self.skipped,
         )
-        return source.epochs(range(self.epoch, self.options.run.epochs), self.epoch_step)
+        return self._source.epochs(range(self.epoch, self.options.run.epochs), self.epoch_step)
 
     def _enough(self) -> bool:
         return 0 < self.options.run.max_steps <= self.step
@@ -219,7 +225,8 @@ class Trainer:
 
     def _set_rates(self) -> None:
         optim = self.options.optim
-        factor = min(1.0, (self.step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
+        total = self.options.run.epochs * self.plan.steps_an_epoch
+        factor = rate_factor(optim.lr_schedule, self.step, optim.warmup_steps, total)
         for group in self.dense.param_groups:
             group["lr"] = optim.dense_lr * factor
         for group in self.model.fused_optimizer.param_groups:
@@ -263,7 +270,8 @@ class Trainer:
             "data": data_identity(self.plan, self.options.data),
             "world_size": self.world_size,
             "table_steps": table_steps(self.model),
-            "sampler": None if self.sampler is None else self.sampler.state_dict(),
+            # Not as it is now: it has drawn for the batches ahead, which a resumed run draws again.
+            "sampler": None if self._source is None else self._source.sampler_state(self.epoch, self.epoch_step),
             "options": self.report.options,
         }
         self.checkpoints.save(self.step, self._tensors(), info)
@@ -300,7 +308,8 @@ def _make_task(options: TrainOptions) -> torch.nn.Module:
     autocast = torch.bfloat16 if options.run.precision is Precision.BF16 else None
     if options.task is TaskName.RANKING:
         assert options.ranking is not None
-        ranker = HSTURankingModel(options.model, options.schema, options.ranking, mixture=options.mixture, device=_META)
+        more: Mapping[str, Any] = {"mixture": options.mixture, "head_users": options.head_users}
+        ranker = HSTURankingModel(options.model, options.schema, options.ranking, device=_META, **more)
         if options.label_means:
             ranker.head.core.head.start_from(torch.tensor(options.label_means))
         return HSTURankingTask(ranker, autocast=autocast)

@@ -18,6 +18,7 @@ from hstu_plugin.adapters.torchrec.parquet import OnCorrupt
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 from hstu_plugin.config import HSTUConfig, RetrievalConfig
 from hstu_plugin.ranking_config import RankingConfig, TaskConfig
+from hstu_plugin.schedule import LearningRateSchedule
 from hstu_plugin.ultra.load_balance import LoadBalanceConfig
 from hstu_plugin.ultra.stochastic_length import StochasticLengthConfig
 
@@ -79,6 +80,8 @@ class DataOptions:
     workers: loading processes of each rank; 0 loads in the training process.
     bucket_steps: steps in a window of similar lengths. shuffle: draw a new order each epoch.
     max_history: latest events kept of a history. on_corrupt: files that cannot be read.
+    id_dropout: table -> probability with which training of a ranker takes one of its ids for 0, unknown; events of
+        history and candidates, and users, each draw for themselves.
     """
 
     train: str
@@ -90,6 +93,7 @@ class DataOptions:
     shuffle: bool = True
     max_history: int = 200
     on_corrupt: OnCorrupt = OnCorrupt.ERROR
+    id_dropout: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _at_least("data.batch_size", self.batch_size, 1)
@@ -97,6 +101,10 @@ class DataOptions:
         _at_least("data.data_shards", self.data_shards, 0)
         _at_least("data.max_history", self.max_history, 1)
         object.__setattr__(self, "on_corrupt", OnCorrupt(self.on_corrupt))
+        object.__setattr__(self, "id_dropout", dict(self.id_dropout))
+        for name, rate in self.id_dropout.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+                raise ValueError(f"data.id_dropout.{name}: expected a probability, got {rate!r}")
         if self.data_shards == 0:
             largest = max(n for n in range(1, min(64, self.batch_size) + 1) if self.batch_size % n == 0)
             object.__setattr__(self, "data_shards", largest)
@@ -108,7 +116,8 @@ class OptimOptions:
     dense_lr, dense_weight_decay: AdamW of the dense part. clip_norm: of the dense gradients over all; 0: none.
     dense_betas: of that AdamW.
     tables: optimiser of the tables. table_lr, table_weight_decay, table_eps, table_betas: its numbers.
-    warmup_steps: both learning rates rise linearly over so many steps.
+    warmup_steps: both learning rates rise linearly over so many steps. lr_schedule: their course after that, constant,
+        or cosine down to 0 at the end of ``run.epochs``.
     """
 
     dense_lr: float = 1e-3
@@ -121,9 +130,11 @@ class OptimOptions:
     table_eps: float = 1e-8
     table_betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 0
+    lr_schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tables", TableOptimizer(self.tables))
+        object.__setattr__(self, "lr_schedule", LearningRateSchedule(self.lr_schedule))
         for name in ("dense_betas", "table_betas"):
             betas = tuple(getattr(self, name))
             object.__setattr__(self, name, betas)
@@ -142,6 +153,7 @@ class RunOptions:
     output_dir: checkpoints, TensorBoard files and the result go there; all ranks must see it.
     epochs: passes over the data. max_steps: stop after so many, 0: no bound.
     seed: of weights, order, negatives and dropout. precision: of the dense part.
+    messages: precision in which looked-up rows, and their gradients, travel between ranks; ``BF16`` on CUDA alone.
     checkpoint_every: steps between checkpoints, 0: only at the end and on SIGTERM. keep_checkpoints: the newest.
     eval_every: steps between evaluations, 0: only at the end. log_every: steps between log lines.
     resume: whether to go on. timeout_s: a rank that waits longer for the others gives up.
@@ -154,6 +166,7 @@ class RunOptions:
     max_steps: int = 0
     seed: int = 0
     precision: Precision = Precision.FP32
+    messages: Precision = Precision.FP32
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     eval_every: int = 0
@@ -166,6 +179,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", Precision(self.precision))
+        object.__setattr__(self, "messages", Precision(self.messages))
         object.__setattr__(self, "resume", Resume(self.resume))
         object.__setattr__(self, "top_k", tuple(self.top_k))
         for name, low in (("epochs", 1), ("max_steps", 0), ("checkpoint_every", 0), ("keep_checkpoints", 1)):
@@ -183,6 +197,7 @@ class TrainOptions:
         retrieval, ranking: the head of the task. data, optim, run: see there.
         negative_pool: where the negatives of the retrieval loss come from.
         label_means: of the ranking tasks, in their order; an untrained head then predicts them. Empty: it starts at 0.
+        head_users: give the ranker's head the vectors of ``schema.contextual`` beside the encoded candidate.
         mixture: channels of a ranker by name, in place of its one transducer; ``model`` gives what they share.
         sharding: table name -> sharding types that the planner may choose from (``row_wise``, ``table_wise``,
             ``column_wise``, ``data_parallel``, ...); tables not named: any.
@@ -198,6 +213,7 @@ class TrainOptions:
     negative_pool: NegativePool = NegativePool.SHARED
     ranking: RankingConfig | None = None
     label_means: tuple[float, ...] = ()
+    head_users: bool = False
     mixture: Mapping[str, Channel] = field(default_factory=dict)
     optim: OptimOptions = field(default_factory=OptimOptions)
     sharding: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -211,17 +227,26 @@ class TrainOptions:
         if self.label_means and len(self.label_means) != len(tasks):
             raise ValueError(f"label_means: expected one for each of {len(tasks)} tasks, got {self.label_means}")
         if self.task is TaskName.RETRIEVAL:
-            if self.schema.actions is not None or self.mixture:
-                raise ValueError("schema.actions, mixture: expected with task: ranking, got task: retrieval")
+            if self.schema.actions is not None or self.mixture or self.head_users or self.data.id_dropout:
+                raise ValueError(
+                    "schema.actions, mixture, head_users, data.id_dropout: expected with task: ranking, got "
+                    "task: retrieval"
+                )
             if self.negative_pool is NegativePool.TABLE and self.schema.negative is None:
                 raise ValueError("negative_pool: table brings all items in under schema.negative, got no such key")
         if self.load_balance is not None and self.stochastic_length is None:
             raise ValueError("load_balance: needs a section stochastic_length, got none")
-        unknown = sorted(set(self.sharding) - {table.name for table in self.schema.tables})
-        if unknown:
-            raise ValueError(
-                f"sharding: unknown tables {unknown}; known: {[table.name for table in self.schema.tables]}"
-            )
+        for section, named in (("sharding", self.sharding), ("data.id_dropout", self.data.id_dropout)):
+            unknown = sorted(set(named) - {table.name for table in self.schema.tables})
+            if unknown:
+                raise ValueError(
+                    f"{section}: unknown tables {unknown}; known: {[table.name for table in self.schema.tables]}"
+                )
+        for key in self.schema.id_keys:
+            if self.schema.table_of(key).name in self.data.id_dropout and self.schema.lowest_id(key) > 0:
+                raise ValueError(
+                    f"data.id_dropout: key {key!r} has no id 0 for what is unknown; set schema.unknown_item: true"
+                )
 
 
 def load_options(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainOptions:
@@ -277,6 +302,7 @@ def options_from_dict(plain: Mapping[str, Any]) -> TrainOptions:
         "optim": _section(OptimOptions, "optim", plain.get("optim")),
         "negative_pool": _choice(NegativePool, "negative_pool", plain.get("negative_pool", NegativePool.SHARED)),
         "label_means": tuple(plain.get("label_means") or ()),
+        "head_users": bool(plain.get("head_users", False)),
         "mixture": {name: _channel(name, one, model) for name, one in (plain.get("mixture") or {}).items()},
         "sharding": {name: tuple(types) for name, types in (plain.get("sharding") or {}).items()},
     }

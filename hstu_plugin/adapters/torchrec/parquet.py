@@ -46,9 +46,17 @@ class Column:
         places = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Column(self.values[places], offsets)
 
+    def part(self, begin: int, end: int) -> Column:
+        """Rows ``[begin, end)``, not copied."""
+        low, high = self.offsets[begin], self.offsets[end]
+        return Column(self.values[low:high], self.offsets[begin : end + 1] - low)
+
     def last(self, limit: int) -> Column:
         """The last ``limit`` values of each row."""
-        lengths = np.minimum(self.lengths, limit)
+        whole = self.lengths
+        if not len(whole) or whole.max() <= limit:
+            return self
+        lengths = np.minimum(whole, limit)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         places = np.repeat(self.offsets[1:] - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Column(self.values[places], offsets)
@@ -56,6 +64,8 @@ class Column:
 
 def join(parts: list[dict[str, Column]]) -> dict[str, Column]:
     """The rows of all parts, one after another."""
+    if len(parts) == 1:
+        return dict(parts[0])
     joined = {}
     for key in parts[0]:
         columns = [part[key] for part in parts]
@@ -153,14 +163,22 @@ def list_row_groups(paths: list[str], columns: FileColumns, on_corrupt: OnCorrup
     return groups, skipped
 
 
-def read_row_group(group: RowGroup, columns: FileColumns) -> dict[str, Column]:
+def read_row_group(
+    group: RowGroup, columns: FileColumns, footers: dict[str, pq.FileMetaData] | None = None
+) -> dict[str, Column]:
     """The checked columns of one row group.
+
+    Args:
+        group: place. columns: what to read.
+        footers: by path, read where missing and kept there; that of a file with many groups takes longer than a group.
 
     Raises:
         CorruptFile: it cannot be read. ValueError: a value is wrong; names file, row and key.
     """
     try:
-        with pq.ParquetFile(group.path) as file:
+        with pq.ParquetFile(group.path, metadata=None if footers is None else footers.get(group.path)) as file:
+            if footers is not None:
+                footers[group.path] = file.metadata
             table = file.read_row_group(group.group, columns=columns.names)
     except (pa.ArrowException, OSError) as error:
         raise CorruptFile(f"{group.path}: row group {group.group} cannot be read: {error}") from error

@@ -14,7 +14,7 @@ from hstu_plugin.adapters.torchrec.channel import Channel, check_channels
 from hstu_plugin.adapters.torchrec.events import EventBatch, KJTToEvents
 from hstu_plugin.adapters.torchrec.reduce import global_mean
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
-from hstu_plugin.adapters.torchrec.sequence import KJTToSequence
+from hstu_plugin.adapters.torchrec.sequence import KJTToSequence, awaited, pooled
 from hstu_plugin.config import HSTUConfig
 from hstu_plugin.ranker import HSTURanker
 from hstu_plugin.ranking_config import RankingConfig
@@ -33,22 +33,29 @@ class RankingHead(nn.Module):
         schema: FeatureSchema,
         ranking: RankingConfig,
         mixture: Mapping[str, Channel] | None = None,
+        head_users: bool = False,
     ) -> None:
         super().__init__()
         channels = dict(mixture or {})
+        if head_users and (channels or not schema.contextual):
+            raise ValueError(
+                "head_users: expected False for a mixture of transducers, and for schemas without contextual keys, "
+                "got True"
+            )
         timed = any(one.time_bias for one in ([c.config for c in channels.values()] or [config]))
         if timed and (schema.time is None or schema.candidate_time is None):
             raise ValueError(
                 "schema: expected the keys time and candidate_time as the model has a time bias, got "
                 f"{schema.time!r} and {schema.candidate_time!r}"
             )
-        self.schema, self.channels = schema, channels
+        self.schema, self.channels, self.head_users, self.width = schema, channels, head_users, config.embedding_dim
         self.core: HSTURanker | MixtureRanker
         if channels:
             check_channels(channels, config, schema)
             self.core = MixtureRanker(MixtureConfig(channels={n: c.config for n, c in channels.items()}), ranking)
         else:
-            self.core = HSTURanker(config, ranking)
+            width = len(schema.contextual) * config.embedding_dim if head_users else 0
+            self.core = HSTURanker(config, ranking, width)
         self.sequence: KJTToSequence | None = None
         self.events: KJTToEvents | None = None
         if schema.actions is None:
@@ -80,15 +87,23 @@ class RankingHead(nn.Module):
             scores: Tensor = self.core(history, candidates)
         else:
             assert isinstance(history, JaggedSequence)
-            scores = self.core(with_targets(history, candidates))
+            scores = self.core(with_targets(history, candidates), self.context(vectors))
         return scores
 
     def _plain_scores(
         self, vectors: Mapping[str, JaggedTensor], numbers: KeyedJaggedTensor | None, counts: Counts | None = None
     ) -> Tensor:
         assert self.sequence is not None
-        scores: Tensor = self.core(self.sequence(vectors, numbers, counts))
+        seq = self.sequence(vectors, numbers, counts)
+        scores: Tensor = self.core(seq) if self.channels else self.core(seq, self.context(vectors))
         return scores
+
+    def context(self, vectors: Mapping[str, JaggedTensor]) -> Tensor | None:
+        """``[B, contextual keys * D]``: what the head reads beside a candidate; ``None`` without ``head_users``."""
+        if not self.head_users:
+            return None
+        found = awaited(vectors, self.width)
+        return torch.cat([pooled(found[key]) for key in self.schema.contextual], 1)
 
     def training_scores(self, vectors: Mapping[str, JaggedTensor], batch: SequenceBatch) -> Tensor:
         """As `scores`; interleaved tokens are trained as one series (HSTU, section 2.2), as `RankingModel` does."""
@@ -97,7 +112,7 @@ class RankingHead(nn.Module):
         assert isinstance(self.core, HSTURanker)
         events: EventBatch = self.events(vectors, batch)
         seq, rows = events.builder.generative(events.history, events.candidates, events.users)
-        return self.core.score_rows(seq, rows)
+        return self.core.score_rows(seq, rows, self.context(vectors))
 
     def tokens(
         self, vectors: Mapping[str, JaggedTensor], batch: SequenceBatch
@@ -124,7 +139,8 @@ class RankingLossHead(RankingHead):
     def __init__(self, head: RankingHead, autocast: torch.dtype | None) -> None:
         nn.Module.__init__(self)
         self.autocast = autocast
-        self.schema, self.channels = head.schema, head.channels
+        self.schema, self.channels, self.head_users = head.schema, head.channels, head.head_users
+        self.width = head.width
         self.core, self.sequence, self.events = head.core, head.sequence, head.events
 
     def forward(  # type: ignore[override]
@@ -153,6 +169,7 @@ class HSTURankingModel(nn.Module):
     Args:
         config: the transducer. schema: keys and tables. ranking: tasks and head.
         mixture: channels by name, in the place of the one transducer of ``config``, which then gives the width.
+        head_users: give the head the vectors of ``schema.contextual`` beside the encoded candidate.
         device: of the tables; ``torch.device("meta")`` where DistributedModelParallel makes them.
     """
 
@@ -163,12 +180,13 @@ class HSTURankingModel(nn.Module):
         ranking: RankingConfig,
         *,
         mixture: Mapping[str, Channel] | None = None,
+        head_users: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.schema = schema
         self.embeddings = EmbeddingCollection(tables=schema.embedding_configs(config.embedding_dim), device=device)
-        self.head = RankingHead(config, schema, ranking, mixture)
+        self.head = RankingHead(config, schema, ranking, mixture, head_users)
 
     def forward(
         self,

@@ -71,7 +71,12 @@ def load_ranker(options: TrainOptions) -> HSTURankingModel:
     if path is None:
         raise CheckpointError(f"{folder}: no usable checkpoint")
     model = HSTURankingModel(
-        options.model, options.schema, options.ranking, mixture=options.mixture, device=torch.device("cpu")
+        options.model,
+        options.schema,
+        options.ranking,
+        mixture=options.mixture,
+        head_users=options.head_users,
+        device=torch.device("cpu"),
     )
     kept.load(path, {f"model.{name}": value for name, value in model.state_dict().items()})
     kept.close()

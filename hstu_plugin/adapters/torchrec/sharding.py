@@ -15,16 +15,22 @@ from rich.table import Table as RichTable
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan, ShardingType
 
+from hstu_plugin.adapters.torchrec.options import Precision
 from hstu_plugin.adapters.torchrec.schema import FeatureSchema
 
 _INIT_STD, _CHUNK = 0.02, 1 << 16
 _RESERVED = 0.15
+_COMMS = {
+    Precision.FP32: QCommsConfig(),
+    Precision.BF16: QCommsConfig(forward_precision=CommType.BF16, backward_precision=CommType.BF16),
+}
 
 
 def shard_model(
@@ -36,6 +42,7 @@ def shard_model(
     choices: Mapping[str, tuple[str, ...]],
     local_world_size: int,
     batch_size: int,
+    messages: Precision = Precision.FP32,
 ) -> DistributedModelParallel:
     """Let TorchRec's planner place the tables of ``module``, and replicate the rest.
 
@@ -44,10 +51,14 @@ def shard_model(
         fused_params: the tables' optimiser (`fused_params`).
         choices: table -> sharding types that the planner may take; any where not named.
         local_world_size: ranks of one host. batch_size: users of a rank, for the planner's estimates.
+        messages: what looked-up rows, and their gradients, travel in.
 
     Raises:
-        ValueError: the planner finds no placement, or one that FBGEMM cannot serve; names the choices.
+        ValueError: ``messages`` are bf16 on a CPU, where gloo has none; the planner finds no placement, or one that
+            FBGEMM cannot serve; names the choices.
     """
+    if messages is Precision.BF16 and device.type != "cuda":
+        raise ValueError("run.messages: expected fp32 on a CPU, got bf16; gloo carries no bf16")
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     world = dist.get_world_size()
     memory = {}
@@ -71,7 +82,8 @@ def shard_model(
         storage_reservation=FixedPercentageStorageReservation(_RESERVED),
         debug=False,
     )
-    sharders: list[ModuleSharder[nn.Module]] = [EmbeddingCollectionSharder(fused_params=fused_params)]
+    codecs = get_qcomm_codecs_registry(_COMMS[messages], device=device)
+    sharders: list[ModuleSharder[nn.Module]] = [EmbeddingCollectionSharder(fused_params, codecs)]
     try:
         plan = planner.collective_plan(module, sharders, dist.group.WORLD)
     except Exception as error:

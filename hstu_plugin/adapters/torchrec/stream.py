@@ -10,8 +10,10 @@ length on all ranks; the order of the steps in a window is drawn anew.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -29,6 +31,10 @@ from hstu_plugin.adapters.torchrec.parquet import (
 )
 
 _GROUPS, _ROWS, _STEPS = 0, 1, 2
+# Steps that are read at once, or a whole window: opening a run for two rows costs as much as for thirty.
+_BLOCK_STEPS = 8
+# Of row groups that a loading process keeps when no shard needs them any more: all of a small data set.
+_KEPT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,18 +115,14 @@ class PieceStream(IterableDataset[Piece]):
     def __iter__(self) -> Iterator[Piece]:
         worker = get_worker_info()
         shards = self.shards if worker is None else self.shards[worker.id :: worker.num_workers]
-        readers: list[_ShardReader] = []
+        groups = _GroupCache(self.plan)
+        reader: _Reader | None = None
         now = -1
         for epoch, step in self.steps():
-            if epoch != now:
-                now, order = epoch, _EpochOrder(self.plan, epoch)
-                groups = _GroupCache(self.plan, order)
-                readers = [_ShardReader(self.plan, order, groups, shard) for shard in shards]
-            parts = [reader.rows(step) for reader in readers]
-            empty = [{name: _empty(name, self.plan.columns) for name in self.plan.columns.names}]
-            lost = [reader.take_lost() for reader in readers]
-            reasons = groups.take_reasons()
-            yield Piece(join([*parts, *empty]), sum(lost), tuple(reasons))
+            if reader is None or epoch != now:
+                now, reader = epoch, _Reader(self.plan, epoch, shards, groups)
+            columns = reader.rows(step)
+            yield Piece(columns, reader.take_lost(), tuple(groups.take_reasons()))
 
 
 class _EpochOrder:
@@ -141,28 +143,35 @@ class _Group:
 
     columns: dict[str, Column] | None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(own.values.nbytes + own.offsets.nbytes for own in (self.columns or {}).values())
 
-@dataclass
+
 class _GroupCache:
-    """Row groups by their place in the epoch's order, while a shard holds them: shards of one group read it once."""
+    """Row groups while a shard holds them, so that shards of one group read it once, and the latest of all epochs."""
 
-    plan: StreamPlan
-    order: _EpochOrder
-    held: WeakValueDictionary[int, _Group] = field(default_factory=WeakValueDictionary)
-    reasons: list[str] = field(default_factory=list)
+    def __init__(self, plan: StreamPlan) -> None:
+        self.plan = plan
+        self.reasons: list[str] = []
+        self.held: WeakValueDictionary[RowGroup, _Group] = WeakValueDictionary()
+        self.latest: OrderedDict[RowGroup, _Group] = OrderedDict()
+        self.bytes = 0
+        self.footers: dict[str, Any] = {}
 
-    def get(self, index: int) -> _Group:
+    def get(self, place: RowGroup) -> _Group:
         """The group, from memory or from its file."""
-        group = self.held.get(index)
+        group = self.held.get(place)
         if group is None:
             try:
-                group = _Group(read_row_group(self.order.groups[index], self.plan.columns))
+                group = _Group(read_row_group(place, self.plan.columns, self.footers))
             except CorruptFile as error:
                 if self.plan.on_corrupt is OnCorrupt.ERROR:
                     raise CorruptFile(f"{error}; remove the file, or set data.on_corrupt: skip") from error
                 group = _Group(None)
                 self.reasons.append(str(error))
-            self.held[index] = group
+            self.held[place] = group
+        self._keep(place, group)
         return group
 
     def take_reasons(self) -> list[str]:
@@ -170,64 +179,94 @@ class _GroupCache:
         reasons, self.reasons = self.reasons, []
         return reasons
 
+    def _keep(self, place: RowGroup, group: _Group) -> None:
+        if place not in self.latest:
+            self.bytes += group.nbytes
+        self.latest[place] = group
+        self.latest.move_to_end(place)
+        while self.bytes > _KEPT_BYTES:
+            self.bytes -= self.latest.popitem(last=False)[1].nbytes
 
-@dataclass
-class _ShardReader:
-    plan: StreamPlan
-    order: _EpochOrder
-    groups: _GroupCache
-    shard: int
-    window: int = -1
-    pieces: list[dict[str, Column]] = field(default_factory=list)
-    group: _Group | None = None
-    lost: int = 0
+
+class _Reader:
+    """The rows of some shards, read for several steps at once."""
+
+    def __init__(self, plan: StreamPlan, epoch: int, shards: list[int], groups: _GroupCache) -> None:
+        self.plan, self.shards, self.groups = plan, shards, groups
+        self.order = _EpochOrder(plan, epoch)
+        self.windows = -(-_BLOCK_STEPS // plan.bucket_steps)
+        self.block = -1
+        self.columns: dict[str, Column] = {}
+        self.steps: list[Array] = []
+        # The group that each shard has come to: what keeps it in memory.
+        self.current: dict[int, _Group] = {}
+        self.lost = 0
 
     def rows(self, step: int) -> dict[str, Column]:
-        """The shard's rows of a step."""
-        window, place = divmod(step, self.plan.bucket_steps)
-        if window != self.window:
-            self.window, self.pieces = window, self._read_window(window)
-        return self.pieces[place]
+        """The shards' rows of a step, in the order of the shards."""
+        steps = self.windows * self.plan.bucket_steps
+        block, place = divmod(step, steps)
+        if block != self.block:
+            self.block = block
+            self._read_block(block * steps, min(steps, self.plan.steps_an_epoch - block * steps))
+        return {name: column.take(self.steps[place]) for name, column in self.columns.items()}
 
     def take_lost(self) -> int:
         """Rows lost since the last call."""
         lost, self.lost = self.lost, 0
         return lost
 
-    def _read_window(self, window: int) -> list[dict[str, Column]]:
+    def _read_block(self, first: int, steps: int) -> None:
+        """Read the rows of ``steps`` steps from ``first`` on, and say which of them each step takes."""
         plan = self.plan
-        steps = min(plan.bucket_steps, plan.steps_an_epoch - window * plan.bucket_steps)
-        begin, end = plan.shard_range(self.shard)
-        begin = begin + window * plan.bucket_steps * plan.rows_a_step
-        rows = self._read(begin, min(end, begin + steps * plan.rows_a_step))
-        count = len(rows[plan.columns.schema.item].lengths)
-        ids = np.arange(count)
-        turn = np.arange(steps)
-        if plan.shuffle:
-            ids = np.random.default_rng((*self.order.seed, _ROWS, window, self.shard)).permutation(count)
-            lengths = rows[plan.columns.schema.item].lengths[ids]
-            ids = ids[np.argsort(lengths, kind="stable")]
+        parts = [{name: _empty(name, plan.columns) for name in plan.columns.names}]
+        chosen: list[list[Array]] = [[] for _ in range(steps)]
+        held = 0
+        for shard in self.shards:
+            begin, end = plan.shard_range(shard)
+            begin = min(end, begin + first * plan.rows_a_step)
+            read, places = self._read(shard, begin, min(end, begin + steps * plan.rows_a_step))
+            lengths = np.concatenate([part[plan.columns.schema.item].lengths for part in read] or [places])
+            for window in range(first // plan.bucket_steps, -(-(first + steps) // plan.bucket_steps)):
+                low = window * plan.bucket_steps - first
+                count = min(plan.bucket_steps, steps - low)
+                rows, upto = np.searchsorted(places, np.array([low, low + count]) * plan.rows_a_step)
+                ids, turn = self._arranged(lengths[rows:upto], window, shard, count)
+                for place, i in enumerate(turn):
+                    some = ids[i * plan.rows_a_step : (i + 1) * plan.rows_a_step]
+                    chosen[low + place].append(held + rows + some)
+            parts += read
+            held += len(places)
+        self.columns = join(parts)
+        self.steps = [np.concatenate([np.zeros(0, dtype=np.int64), *some]) for some in chosen]
+
+    def _arranged(self, lengths: Array, window: int, shard: int, steps: int) -> tuple[Array, Array]:
+        """The rows of a window in the order in which they are cut into steps, and the order of these."""
+        ids, turn = np.arange(len(lengths)), np.arange(steps)
+        # The order inside one step means nothing.
+        if self.plan.shuffle and steps > 1:
+            ids = np.random.default_rng((*self.order.seed, _ROWS, window, shard)).permutation(len(lengths))
+            ids = ids[np.argsort(lengths[ids], kind="stable")]
             # Without the shard: all shards come to the long rows in the same step.
             turn = np.random.default_rng((*self.order.seed, _STEPS, window)).permutation(steps)
-        cut = [ids[i * plan.rows_a_step : (i + 1) * plan.rows_a_step] for i in turn]
-        return [{name: column.take(some) for name, column in rows.items()} for some in cut]
+        return ids, turn
 
-    def _read(self, begin: int, end: int) -> dict[str, Column]:
-        """Rows ``[begin, end)`` of the epoch's order; those of unreadable groups are left out."""
+    def _read(self, shard: int, begin: int, end: int) -> tuple[list[dict[str, Column]], Array]:
+        """Rows ``[begin, end)`` of the epoch's order without those of unreadable groups, and their places in it."""
         starts = self.order.starts
-        parts = [{name: _empty(name, self.plan.columns) for name in self.plan.columns.names}]
+        parts, places = [], [np.zeros(0, dtype=np.int64)]
         place = begin
         while place < end:
             index = int(np.searchsorted(starts, place, side="right")) - 1
-            upto = min(end, int(starts[index + 1]))
-            self.group = self.groups.get(index)
-            if self.group.columns is None:
+            upto, start = min(end, int(starts[index + 1])), int(starts[index])
+            group = self.current[shard] = self.groups.get(self.order.groups[index])
+            if group.columns is None:
                 self.lost += upto - place
             else:
-                some = np.arange(place - starts[index], upto - starts[index])
-                parts.append({name: column.take(some) for name, column in self.group.columns.items()})
+                parts.append({name: own.part(place - start, upto - start) for name, own in group.columns.items()})
+                places.append(np.arange(place, upto) - begin)
             place = upto
-        return join(parts)
+        return parts, np.concatenate(places)
 
 
 def _empty(name: str, columns: FileColumns) -> Column:

@@ -81,9 +81,11 @@ def copy_weights(core: RankingModel, trainer: Trainer, config: dict[str, Any]) -
     [
         ("ultra-hstu", ()),
         ("ultra-hstu", ("learned_no_action=true", "embedding_dim=10")),
+        ("ultra-hstu", ("head_users=true",)),
         ("hstu", ()),
+        ("hstu", ("head_users=true",)),
     ],
-    ids=["ultra", "learned", "interleaved"],
+    ids=["ultra", "learned", "users", "interleaved", "interleaved-users"],
 )
 def test_the_same_weights_give_the_same_loss_gradients_and_metrics(
     model: str, words: tuple[str, ...], recipe: Path, data_dir: Path, tmp_path: Path

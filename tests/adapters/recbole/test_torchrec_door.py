@@ -142,7 +142,6 @@ def test_rows_cover_every_target_once(held_out: tuple[str, ...], all_windows: bo
         ({"eval_args": {"split": {"LS": "test_only"}, "mode": "uni100"}}, "eval_args.mode: expected 'full'"),
         ({"user_inter_num_interval": "[5,inf)"}, "user_inter_num_interval"),
         ({"learner": "sgd"}, "learner: expected adam or adamw"),
-        ({"lr_schedule": "cosine"}, "lr_schedule: expected constant"),
         ({"MAX_ITEM_LIST_LENGTH": 0}, "MAX_ITEM_LIST_LENGTH"),
         ({"model": "SASRec"}, "model: expected HSTU"),
     ],

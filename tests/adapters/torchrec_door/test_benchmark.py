@@ -58,4 +58,6 @@ def test_measures_two_processes(tmp_path: Path) -> None:
     record = json.loads(output.read_text(encoding="utf-8"))
     (run,) = record["runs"]
     assert run["world_size"] == 2 and run["loss_is_finite"] and run["samples_per_second"] > 0 and run["mfu"] > 0
+    low, high = run["seconds_per_step_p20_p80"]
+    assert low <= run["seconds_per_step"] <= high and run["messages"]["all_to_all_bytes_per_second"] > 0
     assert "row_wise" in run["placement"] and os.path.exists(output)

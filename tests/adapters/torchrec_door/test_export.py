@@ -113,6 +113,23 @@ def test_padded_ranking_scores_are_the_jagged_models(contextual: int, changes: d
     assert wanted.std() > 0.01
 
 
+def test_a_head_that_reads_the_user_is_exported_with_its_context() -> None:
+    torch.manual_seed(0)
+    model = HSTURanker(config(), TASKS, context_width=6).eval()
+    given = ranking_inputs(0, torch.float32)
+    history, lengths, candidates, times, asked_at = given
+    context = torch.randn(len(LENGTHS), 6)
+    before = JaggedSequence.from_padded(history, lengths, times)
+    behind = JaggedSequence.from_padded(candidates, torch.full_like(lengths, ASKED), asked_at)
+    wanted = model(with_targets(before, behind), context).view(len(LENGTHS), ASKED, -1)
+    scorer = PaddedRankingScorer(model)
+    program = export_scorer(scorer, history_len=WIDTH, num_candidates=ASKED)
+    for call in (scorer, program.module()):
+        torch.testing.assert_close(call(*given, context), wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"context: expected \[B, 6\], got None"):
+        scorer(*given)
+
+
 @pytest.mark.parametrize("scorer", [PaddedRetrievalScorer, PaddedRankingScorer])
 def test_truncation_is_refused(scorer: type) -> None:
     make = core if scorer is PaddedRetrievalScorer else ranker
