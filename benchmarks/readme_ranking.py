@@ -65,7 +65,11 @@ def streaming(root: Path) -> str:
     found = json.loads((root / RECORDS["streaming"]).read_text(encoding="utf-8"))
     seeds = sorted({run["seed"] for run in found["runs"]})
     longest = max(size["tuning_records"] for size in found["sizes"])
-    note = f"{len(seeds)} seeds; rates tried on streams of at most {longest:,} records. {_where(found)}."
+    first = found["sizes"][0]["models"]
+    ordered = [s["records"] for s in found["sizes"] if all(gap["hr@50"]["least"] > 0 for gap in s["gaps"])]
+    at = f"at {' and '.join(f'{records:,}' for records in ordered)} records" if ordered else "nowhere"
+    order = f"HR@50 is in the order {' < '.join(first)} with every seed {at}."
+    note = f"{order} {len(seeds)} seeds; rates tried on streams of at most {longest:,} records. {_where(found)}."
     return synthetic_streaming.markdown(found["sizes"]) + f"\n\n{note}\n"
 
 
