@@ -11,6 +11,7 @@ which is shorter than the others, is drawn plainly and counts in no load.
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +116,7 @@ def main() -> None:
 @click.option("--commit", help="To record. Default: that of this checkout.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[--NAME=VALUE]...")
 def run(output: Path, commit: str | None, words: tuple[str, ...], **options: Any) -> None:
-    """Train one model and test it; settings of the recipe may follow."""
+    """Train one model and test it; settings of the recipe may follow. Each pass is told as it ends."""
     record = train_once(words=words, **options)
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     write_json(output, plain({"format": FORMAT, **provenance(place, commit), **record}))
@@ -156,6 +157,7 @@ def train_once(
             load = model_load(network.hstu_config)
             sampler = network.shorten = SimulatedRanks(ranks, batch_size, stochastic, balance, load, seed)
         trainer = prepare.make_trainer(config, network)
+        trainer.logger = _told()
         trainer.fit(training, validation, saved=False)
         test = trainer.evaluate(testing, load_best_model=False)
     return {
@@ -165,6 +167,19 @@ def train_once(
         "seconds_per_pass": report.seconds_per_pass(trainer.history),
         "loads": None if sampler is None else sampler.found(warmup_steps),
     }
+
+
+class _Told(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(click.unstyle(record.getMessage()))
+
+
+def _told() -> logging.Logger:
+    """Where RecBole's trainer says the loss and the seconds of each pass: the terminal, not the root logger."""
+    logger = logging.getLogger(__name__)
+    logger.setLevel(logging.INFO)
+    logger.propagate, logger.handlers = False, [_Told()]
+    return logger
 
 
 @main.command("report")

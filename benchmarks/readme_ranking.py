@@ -9,13 +9,19 @@ from typing import Any
 from benchmarks import balance_quality, cost_report, mfalcon, synthetic_streaming
 from benchmarks.ledger import read
 
+RECORDS = {
+    "mfalcon": "benchmarks/results/mfalcon.csv",
+    "cost": "benchmarks/results/cost.csv",
+    "streaming": "benchmarks/results/synthetic-streaming.json",
+    "balance": "benchmarks/results/balance-quality.json",
+}
 _SCORED = ("naive", "full", "mfalcon-graphs", "graphs")
 Table = tuple[list[str], list[list[str]], list[str]]
 
 
 def cached_scoring(root: Path) -> list[Table]:
     """Candidates per second, median and 99th percentile of a request: from vectors on the device, and from the host."""
-    found = [r for r in read(root / "benchmarks/results/mfalcon.csv", mfalcon.COLUMNS) if r["model"] == "hstu"]
+    found = [r for r in read(root / RECORDS["mfalcon"], mfalcon.COLUMNS) if r["model"] == "hstu"]
     newest = {(int(r["history"]), int(r["candidates"]), r["way"], r["transfers"] == "True"): r for r in found}
     cases = sorted({key[:2] for key in newest})
     tables = []
@@ -48,7 +54,7 @@ def _where(row: dict[str, Any]) -> str:
 
 def cost(root: Path) -> str:
     """Cost of one history by model, as ``benchmarks/results/cost.md`` has it."""
-    rows = read(root / "benchmarks/results/cost.csv", cost_report.COLUMNS)
+    rows = read(root / RECORDS["cost"], cost_report.COLUMNS)
     newest = {(row["phase"], row["model"], int(row["tokens"])): row for row in rows}
     facts = sorted({f"{_where(row)}, Triton {row['triton']}" for row in newest.values()})
     return cost_report.markdown(newest).rstrip("\n") + f"\n\n{'; '.join(facts)}.\n"
@@ -56,16 +62,20 @@ def cost(root: Path) -> str:
 
 def streaming(root: Path) -> str:
     """Hit rates of the three sides by the length of the stream."""
-    found = json.loads((root / "benchmarks/results/synthetic-streaming.json").read_text(encoding="utf-8"))
+    found = json.loads((root / RECORDS["streaming"]).read_text(encoding="utf-8"))
     seeds = sorted({run["seed"] for run in found["runs"]})
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in found["learning_rates"].items())
-    note = f"{len(seeds)} seeds; learning rates: {rates}. {_where(found)}."
+    longest = max(size["tuning_records"] for size in found["sizes"])
+    first = found["sizes"][0]["models"]
+    ordered = [s["records"] for s in found["sizes"] if all(gap["hr@50"]["least"] > 0 for gap in s["gaps"])]
+    at = f"at {' and '.join(f'{records:,}' for records in ordered)} records" if ordered else "nowhere"
+    order = f"HR@50 is in the order {' < '.join(first)} with every seed {at}."
+    note = f"{order} {len(seeds)} seeds; rates tried on streams of at most {longest:,} records. {_where(found)}."
     return synthetic_streaming.markdown(found["sizes"]) + f"\n\n{note}\n"
 
 
 def balance(root: Path) -> str:
     """Quality and load of a training with and without load-balanced stochastic length."""
-    found = json.loads((root / "benchmarks/results/balance-quality.json").read_text(encoding="utf-8"))
+    found = json.loads((root / RECORDS["balance"]).read_text(encoding="utf-8"))
     settings = found["runs"][0]["settings"]
     epochs = sorted({run["epochs"] for run in found["runs"]})
     note = (

@@ -11,8 +11,8 @@ small ``--norm-eps`` lets its norm bring it to size from the first step. Items o
 beyond naming items of the category that a record has most of; ``counting`` is what that reaches. After enough records
 every side comes close to it: what differs is how soon. So several lengths of the stream are tried.
 
-With several learning rates, each side first tries all of them on a stream of another seed, and goes on with the one
-of its best HR@50 there.
+With several learning rates, each side first tries all of them on a stream of another seed and of the same length, or
+of ``--tuning-records`` where that is less, and goes on with the one of its best HR@50 there.
 """
 
 from __future__ import annotations
@@ -84,9 +84,11 @@ class Job:
 @click.option("--norm-eps", default=1e-10, show_default=True, help="Of the norms of HSTU, with softmax and without.")
 @click.option("--batch-size", default=128, show_default=True)
 @click.option(
-    "--learning-rate", "learning_rates", multiple=True, type=float, default=(3e-4, 1e-3, 3e-3, 1e-2), show_default=True
+    "--learning-rate", "learning_rates", multiple=True, type=float, default=(1e-4, 3e-4, 1e-3, 3e-3), show_default=True
 )
-@click.option("--tuning-records", default=50_000, show_default=True, help="Of the stream that rates are tried on.")
+@click.option(
+    "--tuning-records", default=100_000, show_default=True, help="Of the longest stream that rates are tried on."
+)
 @click.option("--negatives", default=256, show_default=True, help="Drawn for each batch, shared by its rows.")
 @click.option("--jobs", default=1, show_default=True, help="Trainings at the same time.")
 @click.option("--device", default=None, help="Default: cuda where there is one, else cpu.")
@@ -107,21 +109,29 @@ def main(
     **options: Any,
 ) -> None:
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    world = World(records=tuning_records, items=items, length=length)
-    tried: list[dict[str, Any]] = []
-    best = dict.fromkeys(models, learning_rates[0])
+    world = World(items=items, length=length)
     report = provenance(torch.device(place), commit) | {"world": asdict(world), "options": options}
     del report["world"]["records"]
+    report |= {"sizes": [], "tuning": [], "runs": []}
+    best: dict[int, dict[str, float]] = {}
     with _pool(jobs) as pool:
-        if len(learning_rates) > 1:
-            asked = [Job(m, _TUNING_SEED, rate, world, place, options) for rate in learning_rates for m in models]
-            tried = _run(asked, pool)
-            best = {m: max((t for t in tried if t["model"] == m), key=_merit)["learning_rate"] for m in models}
-        report |= {"learning_rates": best, "sizes": [], "tuning": tried, "runs": []}
         for size in sizes:
-            longer = replace(world, records=size)
-            runs = _run([Job(m, seed, best[m], longer, place, options) for seed in seeds for m in models], pool)
-            report["sizes"].append({"records": size} | summarise(runs, models))
+            tuned = min(size, tuning_records)
+            if tuned not in best:
+                best[tuned] = dict.fromkeys(models, learning_rates[0])
+                if len(learning_rates) > 1:
+                    on = replace(world, records=tuned)
+                    asked = [Job(m, _TUNING_SEED, rate, on, place, options) for rate in learning_rates for m in models]
+                    tried = _run(asked, pool)
+                    report["tuning"] += tried
+                    for m in models:
+                        best[tuned][m] = max((t for t in tried if t["model"] == m), key=_merit)["learning_rate"]
+            longer, rates = replace(world, records=size), best[tuned]
+            runs = _run([Job(m, seed, rates[m], longer, place, options) for seed in seeds for m in models], pool)
+            about = {"records": size, "tuning_records": tuned, "learning_rates": rates}
+            report["sizes"] = sorted(
+                [*report["sizes"], about | summarise(runs, models)], key=lambda s: int(s["records"])
+            )
             report["runs"] += runs
             # One size at a time, so that a run that is cut off keeps what it has.
             _write(output, report)
@@ -151,15 +161,16 @@ def summarise(runs: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str
 
 def markdown(sizes: Sequence[dict[str, Any]]) -> str:
     """A table: a row for each length of the stream and side."""
-    lines = ["| records | side | HR@10 | HR@50 | HR@50 over the one above |", "|---:|---|---:|---:|---:|"]
+    lines = ["| records | side | rate | HR@10 | HR@50 | HR@50 over the one above |", "|---:|---|---:|---:|---:|---:|"]
     for size in sizes:
         gaps = {gap["of"]: gap["hr@50"]["relative"] for gap in size["gaps"]}
         for name, found in size["models"].items():
-            cells = [f"{found[f'hr@{k}']:.4f} ± {found[f'hr@{k}_std']:.4f}" for k in _HITS]
+            cells = [f"{size['learning_rates'][name]:g}"]
+            cells += [f"{found[f'hr@{k}']:.4f} ± {found[f'hr@{k}_std']:.4f}" for k in _HITS]
             cells.append("" if gaps.get(name) is None else f"{gaps[name]:+.1%}")
             lines.append(" | ".join([f"| {size['records']:,}", name, *cells]) + " |")
         reached = [f"{size['counting'][f'hr@{k}']:.4f}" for k in _HITS]
-        lines.append(" | ".join([f"| {size['records']:,}", "counting", *reached, ""]) + "|")
+        lines.append(" | ".join([f"| {size['records']:,}", "counting", "", *reached, ""]) + "|")
     return "\n".join(lines)
 
 

@@ -86,6 +86,7 @@ def test_commands(small_log: list[str], tmp_path: Path) -> None:
             words = ["run", "--way", way, "--seed", seed, "--ranks", "2", "--warmup-steps", "2", "--period", "2"]
             done = runner.invoke(quality.main, [*words, "--output", f"{way}-{seed}.json", *small_log])
             assert done.exit_code == 0, (done.output, done.exception)
+            assert done.output.count("training [time: ") == 2
     files = [f"{way}-{seed}.json" for way in quality.WAYS for seed in (2, 1)]
     done = runner.invoke(quality.main, ["report", *files, "--output", "all.json"])
     assert done.exit_code == 0, done.output

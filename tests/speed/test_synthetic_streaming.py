@@ -117,19 +117,42 @@ def test_ranks_count_ties_against_the_side() -> None:
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_command(tmp_path: Path, jobs: str) -> None:
     path = tmp_path / "streaming.json"
-    words = ["--records", "200", "--records", "300", "--items", "100", "--length", "12", "--dim", "8"]
-    words += ["--learning-rate", "1e-9", "--learning-rate", "1e-2", "--tuning-records", "100", "--jobs", jobs]
-    words += ["--batch-size", "16", "--seed", "1", "--seed", "2", "--device", "cpu", "--output", str(path)]
+    words = ["--records", "300", "--records", "200", "--records", "400", "--items", "100", "--length", "12"]
+    words += ["--learning-rate", "1e-9", "--learning-rate", "1e-2", "--tuning-records", "300", "--jobs", jobs]
+    words += [
+        "--batch-size",
+        "16",
+        "--dim",
+        "8",
+        "--seed",
+        "1",
+        "--seed",
+        "2",
+        "--device",
+        "cpu",
+        "--output",
+        str(path),
+    ]
     done = CliRunner().invoke(streaming.main, words)
     assert done.exit_code == 0, done.output
     report = json.loads(path.read_text(encoding="utf-8"))
-    assert [run["model"] for run in report["runs"]] == [*MODELS] * 4
-    assert [run["records"] for run in report["runs"]] == [200] * 6 + [300] * 6
-    assert [(run["model"], run["records"]) for run in report["tuning"]] == [(m, 100) for m in MODELS] * 2
-    for name, rate in report["learning_rates"].items():
-        tried = [run for run in report["tuning"] if run["model"] == name]
-        assert rate == max(tried, key=lambda run: run["hr@50"])["learning_rate"]
-        assert {run["learning_rate"] for run in report["runs"] if run["model"] == name} == {rate}
+    assert [run["model"] for run in report["runs"]] == [*MODELS] * 6
+    assert [run["records"] for run in report["runs"]] == [300] * 6 + [200] * 6 + [400] * 6
+    # A length beyond the longest that rates are tried on takes what was found there.
+    assert [(run["model"], run["records"]) for run in report["tuning"]] == [
+        (m, records) for records in (300, 200) for _ in range(2) for m in MODELS
+    ]
+    assert [(size["records"], size["tuning_records"]) for size in report["sizes"]] == [
+        (200, 200),
+        (300, 300),
+        (400, 300),
+    ]
+    for size in report["sizes"]:
+        for name, rate in size["learning_rates"].items():
+            tried = [t for t in report["tuning"] if (t["model"], t["records"]) == (name, size["tuning_records"])]
+            assert rate == max(tried, key=lambda run: run["hr@50"])["learning_rate"]
+            runs = [run for run in report["runs"] if (run["model"], run["records"]) == (name, size["records"])]
+            assert {run["learning_rate"] for run in runs} == {rate}
     for size in report["sizes"]:
         runs = [run for run in report["runs"] if run["records"] == size["records"]]
         of = {m: [run["hr@50"] for run in runs if run["model"] == m] for m in MODELS}

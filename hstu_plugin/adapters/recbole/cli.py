@@ -217,8 +217,16 @@ def recipes() -> None:
 @click.option("--markdown", is_flag=True, help="Print a table for a README.")
 @click.option("--curve", type=_PATH, help="Draw the learning curves of all runs into this PNG.")
 @click.option("--record", type=_PATH, help="Write the comparison of all runs to this JSON file.")
+@click.option("--others", type=_PATH, help="Take the models that the runs lack from this recorded comparison.")
 @click.option("--note", help="A sentence on how the runs were made, kept in the recorded comparison.")
-def report(files: Sequence[Path], markdown: bool, curve: Path | None, record: Path | None, note: str | None) -> None:
+def report(
+    files: Sequence[Path],
+    markdown: bool,
+    curve: Path | None,
+    record: Path | None,
+    others: Path | None,
+    note: str | None,
+) -> None:
     """Show recorded runs (result.json) side by side, or a recorded comparison."""
     with _readable_errors():
         from hstu_plugin.adapters.recbole import curves
@@ -230,15 +238,21 @@ def report(files: Sequence[Path], markdown: bool, curve: Path | None, record: Pa
         if curve and not runs:
             raise click.UsageError("--curve: none of the files is a run; comparisons hold no epochs")
         console = _console()
-        if record:
-            if not runs:
-                raise click.UsageError("--record: none of the files is a run")
-            recorded = reports.compare_records(runs)
-            reports.write_json(record, {**recorded, "note": note} if note else recorded)
-        if len(runs) == 1 and not markdown:
+        for name, given in (("record", record), ("others", others)):
+            if given and not runs:
+                raise click.UsageError(f"--{name}: none of the files is a run")
+        if runs:
+            compared = reports.compare_records(runs)
+            if others:
+                reports.take_others(compared, reports.read_json(others, reports.COMPARISON_FORMAT))
+            if note:
+                compared["note"] = note
+            if record:
+                reports.write_json(record, compared)
+        if len(runs) == 1 and not markdown and not others:
             console.print(reports.metrics_table(runs[0]))
         elif runs:
-            comparisons.append(reports.compare_records(runs))
+            comparisons.append(compared)
         for comparison in comparisons:
             if markdown:
                 click.echo(reports.comparison_markdown(comparison))

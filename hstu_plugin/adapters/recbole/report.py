@@ -215,6 +215,24 @@ def take_timing(comparison: Record, timing: Mapping[str, Any]) -> None:
     comparison["timing"] = {key: timing.get(key) for key in ("created", "machine", "commit", "note")}
 
 
+def take_others(comparison: Record, earlier: Mapping[str, Any]) -> None:
+    """Add the models of ``earlier`` that ``comparison`` lacks, each with where and at which commit it was recorded.
+
+    Raises:
+        ReportError: ``earlier`` is of other data or another protocol, or has no other model.
+    """
+    for key in ("dataset", "protocol", "data"):
+        if comparison[key] != earlier[key]:
+            raise ReportError(f"others: expected {key} {comparison[key]}, got {earlier[key]}")
+    others = {label: group for label, group in earlier["models"].items() if label not in comparison["models"]}
+    if not others:
+        raise ReportError(f"others: expected a model beside {', '.join(comparison['models'])}, got none")
+    of = {key: earlier.get(key) for key in ("created", "commit", "versions", "machine", "note")}
+    # What was taken over before keeps its own origin.
+    taken = {label: {"recorded": of, **group} for label, group in others.items()}
+    comparison["models"] = {**taken, **comparison["models"]}
+
+
 def config_table(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     """The settings in force and who chose each; RecBole's own defaults stay out of sight.
 
@@ -308,10 +326,20 @@ def provenance(comparison: Mapping[str, Any]) -> str:
                 by_machine[name].append(label)
     machines = [f"{name} ({', '.join(of)})" if len(by_machine) > 1 else name for name, of in by_machine.items()]
     known = [f"{name} {versions[name]}" for name in ("python", "torch", "recbole", "numpy") if name in versions]
-    # Twelve digits name a commit well enough.
-    commits = [re.sub(r"^(\w{12})\w+", r"\1", commit) for commit in comparison.get("commit", "").split(", ") if commit]
-    text = "; ".join([*machines, ", ".join(known), *(["commit " + ", ".join(commits)] if commits else [])]) + "."
+    commits = [_short(commit) for commit in comparison.get("commit", "").split(", ") if commit]
+    recorded = {
+        label: group["recorded"].get("commit") for label, group in comparison["models"].items() if "recorded" in group
+    }
+    older = [f"{label} of commit {_short(commit)}" for label, commit in recorded.items() if commit]
+    text = (
+        "; ".join([*machines, ", ".join(known), *(["commit " + ", ".join(commits)] if commits else []), *older]) + "."
+    )
     return f"{text} {comparison['note']}" if comparison.get("note") else text
+
+
+def _short(commit: str) -> str:
+    """Twelve digits name a commit well enough."""
+    return re.sub(r"^(\w{12})\w+", r"\1", commit)
 
 
 def metric_name(name: str) -> str:

@@ -275,3 +275,35 @@ def test_report_records_a_comparison(cli: CliRunner, tmp_path: Path):
     again = cli.invoke(main, ["report", str(out), "--record", str(tmp_path / "x.json")])
     assert again.exit_code == 2
     assert "--record: none of the files is a run" in again.output
+
+
+def test_report_takes_other_models_from_a_record(cli: CliRunner, tmp_path: Path):
+    old, new, path = tmp_path / "old", tmp_path / "new.json", tmp_path / "both.json"
+    for label in ("HSTU", "ULTRA-HSTU"):
+        report.write_json(old / f"{label}.json", run_record(label, ndcg=0.25, commit="a" * 40))
+    report.write_json(new, run_record("ULTRA-HSTU", seed=2, ndcg=0.5, commit="b" * 40))
+    assert cli.invoke(main, ["report", *map(str, sorted(old.iterdir())), "--record", str(path)]).exit_code == 0
+    before = report.read_json(path)
+    # The record may replace the one that it takes from.
+    words = [str(new), "--others", str(path), "--note", "anew", "--markdown"]
+    done = cli.invoke(main, ["report", *words, "--record", str(path)])
+    assert done.exit_code == 0, done.output
+    both = report.read_json(path)
+    assert list(both["models"]) == ["HSTU", "ULTRA-HSTU"] and both["note"] == "anew"
+    assert both["models"]["ULTRA-HSTU"]["test"]["mean"]["ndcg@10"] == 0.5 and both["commit"] == "b" * 40
+    kept = dict(both["models"]["HSTU"])
+    assert kept.pop("recorded")["commit"] == "a" * 40
+    assert kept == before["models"]["HSTU"]
+    assert f"commit {'b' * 12}; HSTU of commit {'a' * 12}. anew" in done.output
+    # What was taken over before keeps its own origin.
+    done = cli.invoke(main, ["report", *words, "--record", str(path)])
+    assert report.read_json(path)["models"]["HSTU"] == both["models"]["HSTU"], done.output
+    other = run_record("ULTRA-HSTU", data={"users": 1, "items": 1})
+    for changed, message in ((other, "others: expected data"), (run_record(), "")):
+        report.write_json(new, changed)
+        done = cli.invoke(main, ["report", str(new), "--others", str(path)])
+        assert (done.exit_code != 0) == bool(message) and message in done.output
+    report.write_json(tmp_path / "same.json", report.compare_records([run_record()]))
+    done = cli.invoke(main, ["report", str(new), "--others", str(tmp_path / "same.json")])
+    assert "others: expected a model beside HSTU, got none" in done.output
+    assert "--others: none of the files" in cli.invoke(main, ["report", str(path), "--others", str(path)]).output
