@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write."""
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
+    if options.op == "gather" and options.tile is not None and device.type != "cuda":
+        raise SystemExit(f"--tile: expected --device cuda, whose Triton gather has tiles, got {device}")
     if device.type == "cuda" and options.op in TESTS:
         run_tests(options.op)
     output = options.output or RESULTS / f"int4-{options.op}"
@@ -200,4 +203,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # Ended by a time limit, it keeps what was measured.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()
