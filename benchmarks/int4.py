@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,16 +48,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write."""
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
+    if options.op == "gather" and options.tile is not None and device.type != "cuda":
+        raise SystemExit(f"--tile: expected --device cuda, whose Triton gather has tiles, got {device}")
     if device.type == "cuda" and options.op in TESTS:
         run_tests(options.op)
-    rows = []
-    for row in _measured(options, device):
-        rows.append(row)
-        print(line(row), flush=True)
     output = options.output or RESULTS / f"int4-{options.op}"
     kept = {key: value for key, value in vars(options).items() if key not in ("output", "commit")}
-    write(output, rows, kept, options.commit)
-    print(f"Wrote {output}.json, .csv and .png")
+    rows: list[Row] = []
+    try:
+        for row in _measured(options, device):
+            rows.append(row)
+            print(line(row), flush=True)
+    finally:
+        # What was measured before an error is kept; the command fails all the same.
+        if rows:
+            write(output, rows, kept, options.commit)
+            print(f"Wrote {output}.json, .csv and .png")
 
 
 def _measured(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
@@ -70,15 +78,10 @@ def _measured(options: argparse.Namespace, device: torch.device) -> Iterator[Row
             backend=options.backend,
         )
         return host_times(device, case, seconds=options.seconds)
-    measure = gather_times if options.op == "gather" else sweep_times
-    return measure(
-        device,
-        dims=options.dims,
-        table_rows=options.table_rows,
-        ids=options.ids,
-        copy_bytes=options.copy_bytes,
-        id_sets=options.id_sets,
-    )
+    sizes = {name: getattr(options, name) for name in ("dims", "table_rows", "ids", "copy_bytes", "id_sets")}
+    if options.op == "sweep":
+        return sweep_times(device, **sizes)
+    return gather_times(device, **sizes, tile=options.tile)
 
 
 def run_tests(op: str) -> None:
@@ -102,7 +105,8 @@ def line(row: Row) -> str:
         return f"{text}  {row['layers']} layers, {times}"
     shares = f"{row['share_of_copy']:6.1%} of copy, {row['share_of_bound']:6.1%} of bound"
     if row["op"] == "sweep":
-        return f"{text}  {row['table_rows']:>9} rows, {row['units']:>5} units, {row['warps']} warps  {shares}"
+        tile = f"{row['units']:>5} units, {row['warps']} warps, {row['words']} words"
+        return f"{text}  {row['table_rows']:>9} rows, {tile}  {shares}"
     return f"{text}  {row['gb_per_s']:7.0f} GB/s, {shares}, host {row['host_us']:.0f} us"
 
 
@@ -180,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--ids", type=int, default=1_000_000)
         command.add_argument("--copy-bytes", type=int, default=1 << 31)
         command.add_argument("--id-sets", type=int, default=4)
+    gather.add_argument("--tile", type=json.loads, metavar="JSON", help='such as {"units": 512}; default: built in')
     host = commands.add_parser("host", help="from a table in host memory; with M-FALCON behind it")
     host.add_argument("--dim", type=int, default=512)
     host.add_argument("--table-rows", type=int, default=4_000_000)
@@ -198,4 +203,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # Ended by a time limit, it keeps what was measured.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from benchmarks.int4_measure import (
 )
 from benchmarks.timing import host_microseconds, time_calls
 from hstu_kernels.int4 import AddedRows, PackedRows, gather_rows
+from hstu_kernels.int4.triton.shape import TILE, GatherTile
 
 _CHECKED = 4096
 # FBGEMM computes in float16 on GPUs; a code more or less is 0.01.
@@ -25,12 +26,14 @@ _FBGEMM_ERROR = 1e-3
 
 
 def gather_times(
-    device: torch.device, *, dims: Sequence[int], table_rows: int, ids: int, copy_bytes: int, id_sets: int
-) -> Iterator[Row]:
+    device: torch.device, *, dims: Sequence[int], table_rows: int, ids: int, copy_bytes: int, id_sets: int,
+    tile: Mapping[str, int] | None = None,
+) -> Iterator[Row]:  # fmt: skip
     """Times of the dequantising gather beside the copy bandwidth of the same run, one row for each way to do it.
 
     Bytes are those the task needs: packed rows read and bfloat16 rows written; ids and added tables do not count. The
-    bound counts whole sectors of 32 bytes read instead, which no way can avoid.
+    bound counts whole sectors of 32 bytes read instead, which no way can avoid. ``tile``: fields of a `GatherTile`
+    other than the built-in one.
 
     Raises:
         RuntimeError: a way gives other numbers than the definition; nothing is reported then.
@@ -40,7 +43,7 @@ def gather_times(
         table = random_table(table_rows, dim, device)
         sets = random_ids(table_rows, ids, id_sets, device)
         actions, positions = dense_terms(dim, ids, device)
-        for name, way in _ways(table, actions, positions, device).items():
+        for name, way in _ways(table, actions, positions, device, tile).items():
             terms = {"actions": actions, "positions": positions} if name.endswith("action-position") else {}
             _check(f"{name} at dim {dim}", way, table, sets[0], terms, _FBGEMM_ERROR if name == "fbgemm-tbe" else 0.0)
             calls = [lambda way=way, some=some: way(some) for some in sets]  # type: ignore[misc]
@@ -96,7 +99,9 @@ def dense_terms(dim: int, ids: int, device: torch.device) -> tuple[AddedRows, Ad
     return AddedRows(tables[0], places % 8), AddedRows(tables[1], places % 2048)
 
 
-def _ways(table: PackedRows, actions: AddedRows, positions: AddedRows, device: torch.device) -> dict[str, GatherRows]:
+def _ways(
+    table: PackedRows, actions: AddedRows, positions: AddedRows, device: torch.device, tile: Mapping[str, int] | None
+) -> dict[str, GatherRows]:
     ways: dict[str, GatherRows] = {"eager": lambda some: gather_rows(table, some, backend="eager")}
     fast = "triton" if device.type == "cuda" else "eager"
     if fast == "triton":
@@ -104,10 +109,21 @@ def _ways(table: PackedRows, actions: AddedRows, positions: AddedRows, device: t
     ways[f"{fast}-action-position"] = lambda some: gather_rows(
         table, some, actions=actions, positions=positions, backend=fast
     )
+    if tile is not None:
+        own = GatherTile(**tile)
+        both = [(term.table, term.ids) for term in (actions, positions)]
+        ways |= {"triton": with_tile(table, [], own), "triton-action-position": with_tile(table, both, own)}
     fbgemm = _fbgemm(table)
     if fbgemm is not None:
         ways["fbgemm-tbe"] = fbgemm
     return ways
+
+
+def with_tile(table: PackedRows, added: Sequence[tuple[Tensor, Tensor]], tile: GatherTile) -> GatherRows:
+    """The Triton gather of a tile."""
+    from hstu_kernels.int4.triton.launch import triton_gather
+
+    return lambda ids: triton_gather(table, ids, item_scale=1.0, added=added, dtype=torch.bfloat16, tile=tile)
 
 
 def _fbgemm(table: PackedRows) -> GatherRows | None:
@@ -160,10 +176,10 @@ def sweep_times(
     Raises:
         RuntimeError: a tile gives other numbers than the definition.
     """
-    from hstu_kernels.int4.triton.launch import triton_gather
-    from hstu_kernels.int4.triton.shape import TILE, GatherTile
-
-    tiles = [GatherTile(units=128 * warps * words // 4, warps=warps) for warps in (2, 4, 8) for words in (1, 2, 4, 8)]
+    tiles = [
+        GatherTile(units=32 * warps * units, warps=warps, words=words)
+        for warps in (2, 4, 8) for units in (1, 2, 4, 8) for words in (1, 2, 4, 8) if words <= units
+    ]  # fmt: skip
     for dim in dims:
         bandwidth = copy_bandwidth(device, copy_bytes)
         table = random_table(table_rows, dim, device)
@@ -178,10 +194,7 @@ def sweep_times(
             cases.append(("random", TILE, part, [some % part.num_rows for some in sets]))
         for order, tile, rows, some in cases:
             for terms in ([], both):
-
-                def run(asked: Tensor, rows: PackedRows = rows, tile: GatherTile = tile, terms: list = terms) -> Tensor:  # type: ignore[type-arg]
-                    return triton_gather(rows, asked, item_scale=1.0, added=terms, dtype=torch.bfloat16, tile=tile)
-
+                run = with_tile(rows, terms, tile)
                 added = {"actions": actions, "positions": positions} if terms else {}
                 _check(f"{order} at dim {dim}, {tile}", run, rows, some[0], added, 0.0)
                 calls = [lambda asked=asked, run=run: run(asked) for asked in some]  # type: ignore[misc]
@@ -194,5 +207,6 @@ def sweep_times(
                     "ids": ids,
                     "units": tile.units,
                     "warps": tile.warps,
+                    "words": tile.words,
                     **measured(calls, device, rows, some, bandwidth),
                 }

@@ -65,12 +65,11 @@ def host_times(device: torch.device, case: HostCase, *, seconds: float) -> Itera
     transfers = [Transfer.COPY]
     if can_read_host_rows(device) and case.backend == Backend.TRITON:
         transfers.append(Transfer.READ)
-    for name, make in (("float16", _dense_table), ("int4", _packed_table)):
-        rows = make(case)
-        for transfer in transfers:
+    tables: dict[str, PackedRows | Tensor] = {"float16": _dense_table(case), "int4": _packed_table(case)}
+    for transfer in transfers:
+        for name, rows in tables.items():
             way = name if transfer is Transfer.COPY else f"{name}-{transfer}"
             yield from _way_times(way, rows, transfer, asked, device, case, seconds)
-        del rows
 
 
 def _way_times(

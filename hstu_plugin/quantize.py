@@ -25,7 +25,8 @@ class QuantizeConfig:
         tables: patterns (as of file names) of modules to quantise.
         skip: patterns of modules left alone, over ``tables``. Position tables by default: they are small, and every
             token carries one.
-        ranges: of a row: ``min_max`` gives FBGEMM's bytes, ``search`` those of least squared error.
+        ranges: of a row: ``min_max`` gives FBGEMM's bytes, ``search`` those of least squared error, which int4 tables
+            should have unless the bytes must be FBGEMM's own.
         search_coverage: with known access frequencies only the most used rows that together have this share of all
             accesses are searched; the others take ``min_max``. 1: all rows, also those never seen.
     """

@@ -72,6 +72,26 @@ def test_wrong_numbers_are_not_reported(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_measured_before_an_error_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    exact = int4_gather._check
+
+    def check(name: str, *arguments: object) -> None:
+        exact(name, *arguments)  # type: ignore[arg-type]
+        if "action" in name:
+            raise RuntimeError("the numbers are not those of the definition")
+
+    monkeypatch.setattr(int4_gather, "_check", check)
+    sizes = ["--dims", "8", "--table-rows", "100", "--ids", "50", "--copy-bytes", "4096"]
+    with pytest.raises(RuntimeError, match="not those of the definition"):
+        int4.main(["gather", *TINY, *sizes, "--output", str(tmp_path / "g")])
+    assert [row["way"] for row in json.loads((tmp_path / "g.json").read_text())["rows"]] == ["eager"]
+
+
+def test_tiles_are_for_gpus() -> None:
+    with pytest.raises(SystemExit, match="--tile: expected --device cuda"):
+        int4.main(["gather", *TINY, "--tile", "{}"])
+
+
 def test_nothing_is_measured_when_the_tests_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 

@@ -9,7 +9,8 @@ import torch
 
 from hstu_kernels import UnsupportedBackend
 from hstu_kernels.int4 import AddedRows, PackedRows, RowFormat, gather_rows
-from hstu_kernels.int4.triton.shape import gather_shape
+from hstu_kernels.int4.triton import launch
+from hstu_kernels.int4.triton.shape import GatherTile, gather_shape
 from hstu_kernels.testing import poisoned_empty
 from tests.ops.int4_cases import GATHER_CASES, GatherCase, gather_inputs, gather_oracle
 
@@ -29,6 +30,16 @@ def gathered(case: GatherCase, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("case", SERVED, ids=str)
 def test_the_same_bits_as_the_definition(case: GatherCase, dtype: torch.dtype) -> None:
     assert torch.equal(gathered(case, dtype), gather_oracle(gather_inputs(case), dtype))
+
+
+@pytest.mark.parametrize("case", SERVED[::3], ids=str)
+@pytest.mark.parametrize("words", [1, 2, 8])
+def test_units_of_a_row_in_one_thread(case: GatherCase, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = gather_inputs(case)
+    monkeypatch.setattr(launch, "gather_shape", lambda table, _: gather_shape(table, GatherTile(units=64, words=words)))
+    with poisoned_empty():
+        out = gather_rows(inputs.table, inputs.ids, dtype=torch.float32, backend="triton", **inputs.keywords())  # type: ignore[arg-type]
+    assert torch.equal(out, gather_oracle(inputs, torch.float32))
 
 
 def test_bfloat16_is_written() -> None:

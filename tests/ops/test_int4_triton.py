@@ -108,6 +108,15 @@ def test_memory_is_accessed_in_wide_steps(capability: int, dim: int) -> None:
     assert counted(code, "add") == 2 * elements
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_units_of_a_row_share_its_ids_and_its_scale() -> None:
+    # Four units of a thread: three ids and a scale with bias for each row, codes and two terms for each unit.
+    for words, rows in ((4, 1), (2, 2), (1, 4)):
+        kernel = compiled(90, 128, tile=GatherTile(units=512, warps=4, words=words))
+        assert kernel.asm["ptx"].count("ld.global") == 4 * rows + 3 * 4
+        assert kernel.metadata.shared == 0
+
+
 def counted(code: str, operation: str) -> int:
     """Elements that pass through a float32 operation; newer chips take two at once."""
     found = re.findall(rf"{operation}\S*\.f32(x2)?\s", code)

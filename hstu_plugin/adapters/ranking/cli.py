@@ -135,7 +135,7 @@ def evaluate(
     type=click.Choice(["min_max", "search"]),
     default="min_max",
     show_default=True,
-    help="Range of a row: FBGEMM's, or the one of least error.",
+    help="Range of a row: FBGEMM's bytes, or the one of least error (search: recommended for int4).",
 )
 @click.option(
     "--split", type=click.Choice(["valid", "test"]), default="test", show_default=True, help="Of the metrics."

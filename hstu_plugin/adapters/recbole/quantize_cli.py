@@ -24,7 +24,7 @@ _PATH = click.Path(path_type=Path)
     type=click.Choice(["min_max", "search"]),
     default="min_max",
     show_default=True,
-    help="Range of a row: FBGEMM's, or the one of least error.",
+    help="Range of a row: FBGEMM's bytes, or the one of least error (search: recommended for int4).",
 )
 @click.option("--output", type=_PATH, help="File to write.  [default: CHECKPOINT-DTYPE.safetensors beside it]")
 @click.option("--evaluate", is_flag=True, help="Rank the held-out items before and after.")

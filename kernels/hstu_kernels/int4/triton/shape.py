@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ class GatherTile:
         units: that a program decodes, a power of two; four bytes of int4 codes are a unit, so 512 are 32 rows of
             width 128, or 8 of width 512.
         warps: of a program.
+        words: units of one row that a thread takes, where the row divides into so many: they share the row's ids,
+            scale, bias and addresses.
         registers: of a thread, at most; ``None`` leaves them to the compiler. Fewer let more programs share a
             multiprocessor, whose reads under way are what the gather is bound by.
         streaming: tell the caches that packed rows and the result are not touched again.
@@ -25,6 +28,7 @@ class GatherTile:
 
     units: int = 512
     warps: int = 4
+    words: int = 4
     registers: int | None = None
     streaming: bool = False
 
@@ -50,7 +54,7 @@ class GatherShape:
         code_units: those of them that hold codes.
         codes: codes in a unit.
         ragged: whether the last unit of a row has codes beyond ``dim``.
-        block_units: units of a program.
+        block_units: units of a program. words: units of a thread, a divisor of ``code_units``.
         streaming: of the tile.
     """
 
@@ -62,6 +66,7 @@ class GatherShape:
     codes: int
     ragged: bool
     block_units: int
+    words: int
     streaming: bool
 
 
@@ -79,6 +84,7 @@ def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
         codes=codes,
         ragged=code_units * codes != table.dim,
         block_units=tile.units,
+        words=math.gcd(tile.words, code_units),
         streaming=tile.streaming,
     )
 
