@@ -19,8 +19,8 @@ pairs; a backward counts 2.5 times its forward. Softmax baselines compute anothe
 for a pair. The error is the largest relative one of outputs and gradients against float64, in the Frobenius norm.
 """
 _HOST = (
-    "Of a backward also `empty`, the host time through an operation that does nothing, and `added`, what ours takes more "
-    "than that when both run in the caller's thread and take turns; the floor of 60 us judges the latter."
+    "Of a backward also `empty`, the host time through an operation that does nothing, and `added`, what ours takes "
+    "more than that when both run in the caller's thread and take turns; the floor of 60 us judges the latter."
 )
 
 
@@ -56,7 +56,9 @@ def markdown(rows: Sequence[Row], floors: Sequence[Floor] = (), drawn: Sequence[
         of_group = [row for row in rows if row["group"] == group]
         parts += [f"\n## {group}\n", _speed_table([row for row in of_group if row["mode"] == CALL])]
         if any(row["mode"] == GRAPH for row in of_group):
-            parts += [f"\nMicroseconds of a plain call, of a replay in a CUDA graph, and of the host for a call. {_HOST}\n"]
+            parts += [
+                f"\nMicroseconds of a plain call, of a replay in a CUDA graph, and of the host for a call. {_HOST}\n"
+            ]
             parts += [_small_table(of_group)]
     slopes = length_slopes(rows)
     if slopes:

@@ -132,7 +132,9 @@ def test_cached_targets_and_host_costs() -> None:
     rows += both("8x256x2x64-jagged", "host_us", 59, 150)
     where = "host, us", "8x256x2x64-jagged"
     assert floor(judge(load(), rows, []), *where).met is None
-    rows += [call("8x256x2x64-jagged", "backward", mode=mode, host_us=us) for mode, us in (("empty", 91), ("added", 61))]
+    rows += [
+        call("8x256x2x64-jagged", "backward", mode=mode, host_us=us) for mode, us in (("empty", 91), ("added", 61))
+    ]
     floors = judge(load(), rows, [])
     assert floor(floors, "full forward / cached", "32x4096-1024-candidates").met
     assert floor(floors, *where).line() == "MISS host, us, 8x256x2x64-jagged: 59 / 61 <= 60 / 60"
