@@ -17,7 +17,7 @@ import torch
 Call = Callable[[], object]
 
 FEWEST, MOST = 11, 400
-_FEWEST_HOST_CALLS, _HOST_CALLS = 4, 64
+_FEWEST_HOST_CALLS, _HOST_CALLS, _HOST_TURNS = 4, 64, 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,20 @@ def host_microseconds(calls: Sequence[Call], device: torch.device, *, seconds: f
                 break
     synchronize(device)
     return statistics.median(costs) * 1e3
+
+
+def host_medians(calls: Sequence[Call], device: torch.device, *, seconds: float = 1.0) -> list[float]:
+    """As `host_microseconds`, of each call alone: they take turns, so that what disturbs one disturbs all."""
+    for call in calls:
+        call()
+    synchronize(device)
+    costs: list[list[float]] = [[] for _ in calls]
+    begin = time.perf_counter()
+    while len(costs[0]) < _HOST_TURNS and (time.perf_counter() - begin < seconds or len(costs[0]) < _FEWEST_HOST_CALLS):
+        for call, found in zip(calls, costs, strict=True):
+            found.append(_host_milliseconds(call))
+            synchronize(device)
+    return [statistics.median(found) * 1e3 for found in costs]
 
 
 def peak_mebibytes(call: Call, device: torch.device) -> float | None:

@@ -270,6 +270,9 @@ def _show(row: dict[str, object]) -> None:
         click.echo(f"{label} {row['note']}")
         return
     host = f"  host {row['host_us']:6.1f} us" if "host_us" in row else ""
+    if "p50_ms" not in row:
+        click.echo(f"{label} {host.strip()}")
+        return
     peak = f"  peak {row['peak_mib']:.0f} MiB" if row.get("peak_mib") is not None else ""
     speed = f"{row['tflops_convention']:7.4g} TFLOP/s"
     spread = f"[{row['p20_ms']:.4f}, {row['p80_ms']:.4f}]"

@@ -11,10 +11,13 @@ from torch import Tensor
 from benchmarks.attention.batches import Batch
 from benchmarks.attention.cases import BACKWARD_FACTOR, Case, Work
 from benchmarks.attention.contenders import Bound
+from benchmarks.attention.host import added_microseconds, empty_microseconds
 from benchmarks.timing import Call, Spread, host_microseconds, peak_mebibytes, time_calls, time_replays
 
 FORWARD, BACKWARD = "forward", "backward"
 CALL, GRAPH, UNPLANNED = "call", "graph", "unplanned"
+# Of a backward, host time alone: through an operation that does nothing, and what ours takes more than that.
+EMPTY, ADDED = "empty", "added"
 _MACHINE = ("taken_at", "commit", "device", "torch", "triton", "python", "cuda", "matmul_tflops", "copy_tbs")
 _CASE = ("group", "case", "series", "length", "batch", "total_rows", "heads", "qk_dim", "v_dim", "dtype")
 _MASK = ("max_attn_len", "global_prefix_len", "full_attn_tail_len", "num_targets", "bias")
@@ -46,6 +49,9 @@ def measure(bound: Bound, batch: Batch, directions: tuple[str, ...], *, seconds:
                 else:
                     yield about | {"mode": GRAPH} | _speed(spread, work, direction)
             del calls
+            if case.small and bound.ours and direction == BACKWARD:
+                for mode, cost in ((EMPTY, empty_microseconds), (ADDED, added_microseconds)):
+                    yield about | {"mode": mode, "host_us": cost(bound, device, seconds=seconds)}
         if case.small and bound.unplanned is not None and FORWARD in directions:
             calls = _forward_calls(bound, bound.unplanned)
             about = {"contender": bound.name, "direction": FORWARD, "mode": UNPLANNED}

@@ -14,7 +14,15 @@ import torch
 
 from hstu_kernels import AttentionMask
 from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
-from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet, many_targets, padded_width, tile_set
+from hstu_kernels.attention.triton.tiles import (
+    KernelShape,
+    Tile,
+    TileSet,
+    float32_precision,
+    many_targets,
+    padded_width,
+    tile_set,
+)
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
@@ -268,6 +276,14 @@ def test_float32_uses_tensor_cores_where_tf32_is_allowed() -> None:
     exact, fast = (compiled("forward", 90, torch.float32, precision=p).asm["ptx"] for p in ("ieee", "tf32"))
     assert "tf32" not in exact
     assert "tf32" in fast
+
+
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
+def test_full_float32_of_narrow_heads_runs_on_tensor_cores(name: str, tmp_path: Path) -> None:
+    assert (float32_precision(64, 64), float32_precision(16, 128)) == ("tf32x3", "ieee")
+    kernel = compiled(name, 90, torch.float32, (64, 64), AttentionMask(), precision="tf32x3")
+    assert re.search(r"wgmma\S*tf32", kernel.asm["ptx"])
+    assert resources(kernel, tmp_path)["STACK"] <= 512
 
 
 def test_causal_full_tiles_carry_no_mask() -> None:

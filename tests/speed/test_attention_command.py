@@ -45,9 +45,12 @@ def test_run_checks_times_and_appends(tmp_path: Path) -> None:
         ("eager", "backward", "call"),
         ("eager-cached", "forward", "call"),
     }
-    assert "unplanned" in {row["mode"] for row in rows if row["group"] == "small"}
+    assert {"unplanned", "empty", "added"} <= {row["mode"] for row in rows if row["group"] == "small"}
     for row in rows:
-        assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        if row["mode"] in ("empty", "added"):
+            assert (row["direction"], row["p50_ms"]) == ("backward", "")
+        else:
+            assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert float(row["host_us"]) > 0
         assert row["commit"] and row["torch"] == torch.__version__ and row["taken_at"].endswith("Z")
         assert 0 < float(row["relative_error"]) < 1e-2
@@ -178,11 +181,15 @@ def test_the_newest_row_counts_and_ratios_are_worked_out() -> None:
         row(group="targets", case="t", p50_ms=2.0, contender="triton-cached"),
         row(group="small", case="s", p50_ms=0.05),
         row(group="small", case="s", p50_ms=0.02, mode="graph"),
+        row(group="small", case="s", p50_ms=0.2, direction="backward", host_us=150.0),
+        row(group="small", case="s", p50_ms="", direction="backward", mode="empty", host_us=90.0),
+        row(group="small", case="s", p50_ms="", direction="backward", mode="added", host_us=50.0),
     ]
     text = markdown(newest(rows))
     assert "| triton | both | forward | 1.50 | 1.040 |" in text
     assert "| t | triton-cached | 8.000 | 2.000 | 4.0 |" in text
-    assert "| s | triton | forward | 50.0 | 20.0 |  | 40.0 |" in text
+    assert "| s | triton | forward | 50.0 | 20.0 |  | 40.0 |  |  |" in text
+    assert "| s | triton | backward | 200.0 |  |  | 150.0 | 90.0 | 50.0 |" in text
     assert "9 [" not in text
 
 

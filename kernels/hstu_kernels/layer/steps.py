@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 Statistics = tuple[Tensor, Tensor, Tensor]
 
-# Whether SiLU, and the sum with the layer's input, are taken where the product's sums leave the chip.
-SILU_WITH_PRODUCT = True
-SUM_WITH_PRODUCT = True
-
 
 def parts(wide: Tensor, options: LayerOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``[L, C]`` as ``u [L, H * Dv]`` and ``q, k [L, H, Dqk]``, ``v [L, H, Dv]``, all views."""
@@ -98,7 +94,7 @@ def project(
 ) -> tuple[Tensor | None, Tensor]:
     """``normed @ weight.T + bias``, given back where it is kept, and SiLU of its activated columns."""
     activated = spec.options.activated
-    if spec.backend is Backend.TRITON and SILU_WITH_PRODUCT:
+    if spec.backend is Backend.TRITON:
         from hstu_kernels.projection.triton import product_launch
 
         if product_launch.serves(normed, weight):
@@ -109,7 +105,7 @@ def project(
 
 def output(spec: Spec, x: Tensor, gated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x + gated @ weight.T + bias``."""
-    if spec.backend is Backend.TRITON and SUM_WITH_PRODUCT:
+    if spec.backend is Backend.TRITON:
         from hstu_kernels.projection.triton import product_launch
 
         if product_launch.serves(gated, weight):

@@ -75,7 +75,7 @@ def facts_of(q: Tensor, v: Tensor, contextual: int, pos_table: Tensor | None, ti
         contextual,
         -1 if pos_table is None else (pos_table.numel() - 1) // 2,
         -1 if time_table is None else time_table.numel() - 1,
-        float32_precision() if q.dtype == torch.float32 else "ieee",
+        float32_precision(q.shape[2], v.shape[2]) if q.dtype == torch.float32 else "ieee",
         q.is_cuda and same_bits(q.get_device()),
     )
 

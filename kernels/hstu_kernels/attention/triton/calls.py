@@ -37,6 +37,8 @@ from hstu_kernels.triton.launcher import Argument, Ready, Variant, is_current
 
 # Partial sums of the position table that programs share; more of them: fewer programs wait for one address.
 POSITION_COPIES = 32
+# Partial sums of a table that are added up in float32, before all groups in float64.
+GROUP = 16
 # Rows of a long tile that one program adds up.
 _JOINED_ROWS = 16
 # Beneath it a logit's product is nothing beside any bias.
@@ -96,7 +98,7 @@ class Call:
             grad_stride,
             None if pos_table is None else pos_table.numel(),
             None if time_table is None else time_table.numel(),
-            float32_precision() if q.dtype is torch.float32 else "",
+            float32_precision(q.shape[2], v.shape[2]) if q.dtype is torch.float32 else "",
         )
         kit = plan.kits.get(kind)
         if kit is None:
@@ -115,13 +117,15 @@ class Call:
     def time_sums(self, tile: Tile, heads: int) -> Tensor:
         """Zeros ``[lines, entries, warps]`` float32 for the programs of ``tile``: a line for each, a column a warp.
 
-        Where warps have no sums of their own there is one column, and ``entries`` is a power of two.
+        ``lines`` is a multiple of GROUP. Where warps have no sums of their own there is one column, and ``entries`` is
+        a power of two.
         """
         shape = shape_of(self._kit.facts, tile, False)
         entries, warps = (
             (shape.buckets + 1, shape.warps) if shape.sums_by_warp else (padded_width(shape.buckets + 1), 1)
         )
         lines = self._plan.query_work(tile.block_m, tile.block_n).shape[0] * heads if self.rows else 0
+        lines = -(-lines // GROUP) * GROUP
         return torch.zeros(lines, entries, warps, dtype=torch.float32, device=self.inputs[0].device)
 
     def adds_by_warp(self, tiles: TileSet) -> bool:

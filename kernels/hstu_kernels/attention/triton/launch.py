@@ -10,14 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu_kernels.attention.triton.arguments import Tables
-from hstu_kernels.attention.triton.calls import POSITION_COPIES, Call, divide
+from hstu_kernels.attention.triton.calls import GROUP, POSITION_COPIES, Call, divide
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import TileSet
 from hstu_kernels.bias import RelativeBias
 from hstu_kernels.gradients import needs_gradient
-
-# Partial sums that are added up in float32, before the rest in float64.
-_GROUP = 16
 
 
 def triton_attention(
@@ -165,7 +162,5 @@ def triton_backward(
 
 
 def added_up(sums: Tensor) -> Tensor:
-    """``sums [n, ...]`` over their first axis, in float64: groups first, which need no copy in float64."""
-    count = sums.shape[0] // _GROUP * _GROUP
-    groups = sums[:count].view(-1, _GROUP, *sums.shape[1:]).sum(1)
-    return torch.sum(groups, 0, dtype=torch.float64) + torch.sum(sums[count:], 0, dtype=torch.float64)
+    """``sums [n, ...]`` over ``n``, a multiple of GROUP: groups in float32, which need no copy in float64, then all."""
+    return torch.sum(sums.view(-1, GROUP, *sums.shape[1:]).sum(1), 0, dtype=torch.float64)

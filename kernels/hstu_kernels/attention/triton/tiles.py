@@ -49,7 +49,7 @@ class KernelShape:
         buckets: last bucket of the time table, -1 without one.
         exact: SiLU through exp; otherwise through the hardware's approximate tanh.
         descriptors: full blocks of the streamed operands come through tensor descriptors.
-        precision: of float32 products, ``ieee`` or ``tf32``.
+        precision: of float32 products, ``ieee``, ``tf32x3`` or ``tf32``; see `float32_precision`.
         assembly: there is inline assembly: a GPU, not the interpreter.
         own_in_registers: as in `Tile`; wants ``assembly``.
         warps: of a program on Hopper, whose products of two bytes leave 16 rows to each; 0 elsewhere.
@@ -134,15 +134,25 @@ def unpipelined(tile: Tile) -> Tile:
     return replace(tile, num_stages=1)
 
 
-def float32_precision() -> str:
-    """What PyTorch's own products of float32 do on a GPU: `torch.set_float32_matmul_precision`."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def float32_precision(qk_dim: int, v_dim: int) -> str:
+    """How float32 is multiplied: as precisely as PyTorch's own products, `torch.set_float32_matmul_precision`.
+
+    For "highest" and widths up to 64 each factor is the sum of two tf32 numbers, and three products on tensor cores
+    take the place of one without them: 22 bits of a factor, and on real batches errors of float32's own size. Below
+    1e-34 a factor keeps fewer bits, down to none for denormals; the last 0.05 % below the largest float32 overflow.
+    Wider tiles would spill: their products run without tensor cores.
+    """
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3" if max(qk_dim, v_dim) <= _NARROW else "ieee"
 
 
-_NARROW_FP32, _FP32 = Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)
-# No tensor core in full float32: accumulators and operands both sit in registers.
+_NARROW = 64
+# Eight warps: the parts of both factors lie in registers. A kernel's own side has 64 rows, as Hopper's products want.
+_NARROW_FP32, _KEYS_FP32 = Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)
+_FP32 = Tile(32, 32, 4, 2)
 _FLOAT32 = {
-    64: TileSet(_NARROW_FP32, _NARROW_FP32, _NARROW_FP32, _NARROW_FP32),
+    64: TileSet(_NARROW_FP32, _NARROW_FP32, _KEYS_FP32, _NARROW_FP32),
     128: TileSet(_FP32, _FP32, _FP32, _FP32),
     256: TileSet(_FP32, _FP32, _FP32, _FP32),
 }

@@ -26,9 +26,9 @@ class ProductTile:
     stages: int
 
 
-# Of the projection with SiLU, and of the output with the sum.
+# Of the projection with SiLU, and of the output with the sum: of ten the fastest on an H200.
 SILU_TILE = ProductTile(128, 128, 64, 8, 3)
-SUM_TILE = ProductTile(128, 128, 64, 8, 3)
+SUM_TILE = ProductTile(64, 128, 64, 4, 4)
 
 
 def serves(a: Tensor, weight: Tensor) -> bool:
