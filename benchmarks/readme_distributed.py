@@ -92,8 +92,9 @@ def _read(root: Path, name: str) -> dict[str, Any]:
 
 def _provenance(record: dict[str, Any], run: dict[str, Any]) -> str:
     device = run.get("device") or ", ".join(run["machine"]["gpus"]) or run["machine"]["cpu"]
+    command = f"; `{record['command']}`" if "command" in record else ""
     note = f" {record['note']}" if "note" in record else ""
-    return f"{device}, torch {run['versions']['torch']}, commit {run['commit'][:7]}; `{record['command']}`.{note}"
+    return f"{device}, torch {run['versions']['torch']}, commit {run['commit'][:7]}{command}.{note}"
 
 
 def _part(header: list[str], rows: list[list[str]], remarks: list[str]) -> str:
