@@ -6,7 +6,8 @@ together), ``recipes`` (the settings that come with the package), ``summary`` (r
 ``benchmarks/published.yaml``), ``passes`` and ``cpu-passes`` (the time of a pass over MovieLens-1M and 100K),
 ``attention`` (recorded speeds), ``quantized`` (recorded sizes and metrics of quantised models), ``int4`` (recorded
 speeds of quantised tables), ``mfalcon`` (cached scoring), ``cost`` (what ULTRA-HSTU saves), ``streaming`` (the
-synthetic stream) or ``balance`` (quality under load-balanced lengths). The last four are empty until recorded.
+synthetic stream), ``balance`` (quality under load-balanced lengths) or ``distributed`` (TorchRec and TorchX). Those
+from ``mfalcon`` on are empty until recorded.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.attention.compare import newest
 from benchmarks.attention.measure import BACKWARD, CALL, FORWARD
 from benchmarks.attention.measure import COLUMNS as ATTENTION_COLUMNS
 from benchmarks.ledger import read
+from benchmarks.readme_distributed import distributed
 from benchmarks.readme_int4 import quantized, speed
 from hstu_plugin._versions import version_table
 from hstu_plugin.adapters.ranking import report as ranking
@@ -88,6 +90,7 @@ def _block(name: str, root: Path) -> str:
     if name == "mfalcon":
         return "\n".join(_with_remarks(*part) for part in readme_ranking.cached_scoring(root))
     written = {"cost": readme_ranking.cost, "streaming": readme_ranking.streaming, "balance": readme_ranking.balance}
+    written["distributed"] = distributed
     if name in written:
         return written[name](root)
     found = json.loads(_path(name, root).read_text(encoding="utf-8"))
@@ -145,7 +148,7 @@ def _path(name: str, root: Path) -> Path:
     if not found:
         known = sorted(path.stem for folder in FOLDERS for path in (root / folder).glob("*.json"))
         names = ["versions", "recipes", "summary", "passes", "cpu-passes", "attention", "quantized", "int4", "mfalcon"]
-        names += ["cost", "streaming", "balance", *known]
+        names += ["cost", "streaming", "balance", "distributed", *known]
         raise MarkerError(f"results:{name}: expected one of {', '.join(names)}")
     if len(found) > 1:
         raise MarkerError(f"results:{name}: recorded twice, as {' and '.join(map(str, found))}")

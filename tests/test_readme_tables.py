@@ -78,7 +78,7 @@ def test_summary_puts_recorded_beside_published(root: Path, std: float | None, s
         (
             block("other"),
             "results:other: expected one of versions, recipes, summary, passes, cpu-passes, attention, quantized, "
-            "int4, mfalcon, cost, streaming, balance, speed, tiny",
+            "int4, mfalcon, cost, streaming, balance, distributed, speed, tiny",
         ),
         ("one\n<!-- results:tiny begin -->", "line 2: <!-- results:tiny begin --> has no partner"),
         ("<!-- results:tiny end -->", "results:tiny end --> has no partner"),
@@ -144,6 +144,53 @@ def test_speed_of_quantised_tables(root: Path) -> None:
         assert f"| Triton | 128 | 1,000 of 50,000 rows | 0.500 | 1,500 | **50%** | {bound} |" in new
     assert "| M-FALCON, int4 rows | 128 | 8 | 1,000 | 8.0 | 0.25 | 0.50 | 0.40 | 2,500 |" in new
     assert new.count("- a CPU, torch 2.13, commit 0123456\n") == 2
+
+
+def test_training_on_several_gpus_beside_the_other_doors(root: Path) -> None:
+    at = {"device": "a GPU", "command": "a command", "note": "A note."}
+    sizes = {"variant": "ultra", "num_layers": 8, "embedding_dim": 512, "users": 32, "rows": 10_000_000}
+    sizes |= {"max_seq_len": 2048, "shortest": 0}
+    run = {
+        "sizes": sizes, "seconds_per_step": 0.05, "seconds_per_step_p20_p80": [0.04, 0.06],
+        "samples_per_second": 1200.0, "mfu": 0.25, "matrix_flops_per_second": 8e14, **FACTS, **at,
+    }  # fmt: skip
+    scaling = [{"processes": ranks, "efficiency": share} for ranks, share in ((1, 1.0), (2, 0.931))]
+    records: dict[str, Any] = {
+        name: {"runs": [run | {"world_size": 1}, run | {"world_size": 2}], "scaling": scaling, **at}
+        for name in ("distributed", "mfu-ultra")
+    }
+    records["mfu-ultra"]["runs"] = [run | {"world_size": 1, "sizes": sizes | {"shortest": 2048}}]
+    done = {"step": 1106, "options": {"run": {"seed": 7}}, **FACTS, **at}
+    values = {f"{task}/{metric}": 0.5 for task in ("click", "long_view", "like") for metric in ("auc", "gauc", "ne")}
+    records["torchx-kuairand"] = done | {"metrics": values | {"long_view/auc": 0.75}}
+    records["torchx-ml-1m"] = done | {"metrics": {"hr@10": 0.3219, "ndcg@10": 0.1853}}
+    doors = {part: {"hit@10": value, "ndcg@10": value} for part, value in (("mean", 0.3178), ("std", 0.0038))}
+    records["ml-1m"] = {"models": {"HSTU": {"seeds": [1, 2, 3], "test": doors}}}
+    tasks = {
+        task: {metric: {"mean": 0.5, "std": None} for metric in ("auc", "gauc", "ne")}
+        for task in ("click", "long_view", "like")
+    }
+    records["kuairand"] = {"models": {"ultra-hstu": {"seeds": [1], "test": tasks}}}
+    shape = {"users": 8, "history": 512, "candidates": 256, "dim": 64, "layers": 2}
+    contenders = {
+        "jagged eager": {"ms": 7.218},
+        "exported": {"ms": 5.8, "relative_error": 2e-7, "fresh_process": True},
+        "compiled ahead of time": {"failed": "SIGSEGV; compiled: loading", "fresh_process": True},
+    }
+    records["export"] = {"sizes": shape, "dtype": "float32", "contenders": contenders, **FACTS, **at}
+    for name, record in records.items():
+        report.write_json(root / f"benchmarks/results/{name}.json", record)
+    new = update_readme.updated(block("distributed"), root)
+    step = (
+        "| ultra, 8 layers, d 512, L {}2048, 32 users a GPU, 10M rows | {} | 50.0 (40.0 to 60.0) | 1,200 | {} | 25.0%"
+    )
+    for length, gpus, efficiency in (("jagged to ", 1, "-"), ("jagged to ", 2, "93.1%"), ("", 1, "-")):
+        assert step.format(length, gpus, efficiency) in new
+    assert "| ml-1m | HR@10 | 0.3219 | 0.3178 ± 0.0038 (3 seeds) |" in new
+    assert "| kuairand | long view AUC | 0.7500 | 0.5000 (1 seeds) |" in new
+    assert "- `kuairand`: seed 7, 1,106 steps; a GPU, torch 2.13, commit 0123456; `a command`. A note.\n" in new
+    for row in ("jagged eager | 7.22 | -", "exported | 5.80 | 2e-07", "compiled ahead of time | - | SIGSEGV"):
+        assert f"| {row} |\n" in new
 
 
 def test_a_name_recorded_in_both_folders(root: Path) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from hstu_plugin.adapters.torchrec.options import options_from_dict
+from hstu_plugin.adapters.torchrec.options_file import options_from_dict
 from hstu_plugin.adapters.torchrec.parquet import Array
 from hstu_plugin.records import plain, write_text
 

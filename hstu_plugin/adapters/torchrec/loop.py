@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,16 +28,13 @@ from hstu_plugin.adapters.torchrec.data import (
 from hstu_plugin.adapters.torchrec.evaluate import evaluate_ranking, evaluate_retrieval
 from hstu_plugin.adapters.torchrec.fused import fused_params, set_table_steps, table_steps
 from hstu_plugin.adapters.torchrec.metrics import RankingMetrics, RetrievalMetrics
-from hstu_plugin.adapters.torchrec.options import NegativePool, Precision, Resume, TaskName, TrainOptions
-from hstu_plugin.adapters.torchrec.ranking import HSTURankingModel, HSTURankingTask
+from hstu_plugin.adapters.torchrec.options import Resume, TaskName, TrainOptions
 from hstu_plugin.adapters.torchrec.report import Report
-from hstu_plugin.adapters.torchrec.retrieval import HSTURetrievalModel, HSTURetrievalTask
 from hstu_plugin.adapters.torchrec.samplers import make_sampler
 from hstu_plugin.adapters.torchrec.sharding import describe_plan, draw_tables, shard_model
+from hstu_plugin.adapters.torchrec.task import make_task
 from hstu_plugin.optim import dense_adamw
 from hstu_plugin.schedule import rate_factor
-
-_META = torch.device("meta")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -72,7 +69,7 @@ class Trainer:
         self._source: RankBatches | None = None
         self.plan = self._plan_data(training=True)
         self.model = shard_model(
-            _make_task(options),
+            make_task(options),
             options.schema,
             device=device,
             fused_params=fused_params(options.optim, device),
@@ -300,19 +297,3 @@ class Trainer:
             self.sampler.load_state_dict(info["sampler"])
         self.step, self.epoch, self.epoch_step = info["step"], info["epoch"], info["epoch_step"]
         self.report.say(f"resumed from {path}: step {self.step}, saved by {info['world_size']} ranks")
-
-
-def _make_task(options: TrainOptions) -> torch.nn.Module:
-    """The model to train; its dense weights are drawn from the seed, the tables by `draw_tables`."""
-    torch.manual_seed(options.run.seed)
-    autocast = torch.bfloat16 if options.run.precision is Precision.BF16 else None
-    if options.task is TaskName.RANKING:
-        assert options.ranking is not None
-        more: Mapping[str, Any] = {"mixture": options.mixture, "head_users": options.head_users}
-        ranker = HSTURankingModel(options.model, options.schema, options.ranking, device=_META, **more)
-        if options.label_means:
-            ranker.head.core.head.start_from(torch.tensor(options.label_means))
-        return HSTURankingTask(ranker, autocast=autocast)
-    whole = options.negative_pool is NegativePool.TABLE
-    model = HSTURetrievalModel(options.model, options.schema, options.retrieval, whole_table=whole, device=_META)
-    return HSTURetrievalTask(model, autocast=autocast)

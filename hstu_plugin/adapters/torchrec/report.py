@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from hstu_plugin._versions import runtime_versions, source_commit
 from hstu_plugin.adapters.torchrec.data import SkippedData
-from hstu_plugin.adapters.torchrec.options import TrainOptions, to_dict
+from hstu_plugin.adapters.torchrec.options import TrainOptions
+from hstu_plugin.adapters.torchrec.options_file import to_dict
 from hstu_plugin.records import machine, plain, write_json
 
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from hstu_plugin.adapters.torchrec.batch import SequenceBatch
 from hstu_plugin.adapters.torchrec.checkpoint import CheckpointError, Checkpoints
 from hstu_plugin.adapters.torchrec.data import to_batch
-from hstu_plugin.adapters.torchrec.options import TaskName, TrainOptions, load_options
+from hstu_plugin.adapters.torchrec.options import TaskName, TrainOptions
+from hstu_plugin.adapters.torchrec.options_file import load_options
 from hstu_plugin.adapters.torchrec.parquet import Column, CorruptFile, FileColumns, RowGroup, read_table
 from hstu_plugin.adapters.torchrec.ranking import HSTURankingModel
 from hstu_plugin.adapters.torchrec.train import join_group

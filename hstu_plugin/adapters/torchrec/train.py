@@ -20,7 +20,8 @@ import torch.distributed as dist
 import yaml
 
 from hstu_plugin.adapters.torchrec.loop import Trainer
-from hstu_plugin.adapters.torchrec.options import TrainOptions, load_options
+from hstu_plugin.adapters.torchrec.options import TrainOptions
+from hstu_plugin.adapters.torchrec.options_file import load_options
 
 _STOPPED = 128 + signal.SIGTERM
 

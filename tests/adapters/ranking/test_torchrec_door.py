@@ -24,7 +24,7 @@ from hstu_plugin.adapters.ranking.trainer import RankTrainer
 from hstu_plugin.adapters.torchrec.batch import check_batch
 from hstu_plugin.adapters.torchrec.data import RankBatches, plan_stream
 from hstu_plugin.adapters.torchrec.loop import Trainer
-from hstu_plugin.adapters.torchrec.options import options_from_dict
+from hstu_plugin.adapters.torchrec.options_file import options_from_dict
 from hstu_plugin.ranking_losses import multi_task_loss
 from hstu_plugin.ranking_model import RankingModel
 from hstu_plugin.ranking_windows import window_batch

@@ -21,7 +21,7 @@ from hstu_plugin.adapters.conversion.retrieval import leave_one_out
 from hstu_plugin.adapters.recbole.prepare import make_config, make_data, make_model, make_trainer
 from hstu_plugin.adapters.torchrec.data import RankBatches, plan_stream
 from hstu_plugin.adapters.torchrec.loop import Trainer
-from hstu_plugin.adapters.torchrec.options import options_from_dict
+from hstu_plugin.adapters.torchrec.options_file import options_from_dict
 
 SETTINGS: dict[str, Any] = {
     "hidden_size": 10,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import export
 from benchmarks.distributed import scaling
 from hstu_plugin.adapters.torchrec.benchmark import Sizes, _batch, _dealt, _flops, matrix_rate
 from hstu_plugin.config import HSTUConfig
@@ -46,6 +47,40 @@ def test_ranks_have_shares_of_one_draw_that_weigh_alike() -> None:
 def test_efficiency() -> None:
     runs = [{"world_size": n, "samples_per_second": s, "mfu": 0.3} for n, s in ((1, 10.0), (2, 18.0))]
     assert [run["efficiency"] for run in scaling(runs)] == [1.0, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV; compiled: loading"),
+        ("sys.exit(3)", "exit code 3; compiled: loading"),
+        ("time.sleep(60)", "no answer in 1 s"),
+    ],
+)
+def test_a_process_that_dies_leaves_the_other_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
+) -> None:
+    script = tmp_path / "fresh.py"
+    script.write_text(
+        f"import os, signal, sys, time\nprint('compiled: loading', file=sys.stderr, flush=True)\n{code}\n"
+    )
+    monkeypatch.setattr(export, "FRESH", script)
+    if code.startswith("time"):
+        monkeypatch.setattr(export, "_TIMEOUT_S", 1)
+    record = {"correct": True, "contenders": {"exported": {"ms": 5.0, "relative_error": 1e-7}}}
+    export._add(record, "compiled", export._fresh("compiled", tmp_path / "compiled.pt2", runs=1))
+    assert record["contenders"]["compiled"] == {"failed": reason, "fresh_process": True}
+    assert record["correct"] and record["contenders"]["exported"]["ms"] == 5.0
+
+
+@pytest.mark.slow
+def test_the_exported_scorer_beside_eager(tmp_path: Path) -> None:
+    sizes = ["--users=3", "--history=16", "--candidates=4", "--dim=16", "--layers=1", "--runs=2"]
+    output = tmp_path / "export.json"
+    assert export.main([*sizes, "--device=cpu", "--without-compiler", f"--output={output}"]) == 0
+    record = json.loads(output.read_text(encoding="utf-8"))
+    assert record["correct"] and set(record["contenders"]) == {"jagged eager", "padded eager", "exported"}
+    assert record["contenders"]["exported"]["fresh_process"] and record["contenders"]["exported"]["ms"] > 0
 
 
 @pytest.mark.slow

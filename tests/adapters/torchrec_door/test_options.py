@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hstu_plugin.adapters.torchrec import loop
-from hstu_plugin.adapters.torchrec.options import load_options, options_from_dict, to_dict
+from hstu_plugin.adapters.torchrec.options_file import load_options, options_from_dict, to_dict
 from hstu_plugin.adapters.torchrec.train import _setting, main, run
 
 from .training import losses, result, retrieval_options, write_config, write_retrieval

@@ -17,7 +17,8 @@ from hstu_plugin.adapters.torchrec.batch import SequenceBatch
 from hstu_plugin.adapters.torchrec.channel import Channel
 from hstu_plugin.adapters.torchrec.data import RankBatches, plan_stream
 from hstu_plugin.adapters.torchrec.loop import Trainer
-from hstu_plugin.adapters.torchrec.options import TrainOptions, options_from_dict, to_dict
+from hstu_plugin.adapters.torchrec.options import TrainOptions
+from hstu_plugin.adapters.torchrec.options_file import options_from_dict, to_dict
 
 from .cases import RANKING, TASKS, config
 from .test_score import plain_options

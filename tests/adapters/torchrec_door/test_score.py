@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hstu_plugin.adapters.torchrec import keyed_jagged
-from hstu_plugin.adapters.torchrec.options import options_from_dict
+from hstu_plugin.adapters.torchrec.options_file import options_from_dict
 from hstu_plugin.adapters.torchrec.score import main, score_file
 
 from .cases import NOW, RANKING, ranking_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hstu_plugin.adapters.torchrec.fused import fused_params, resolve_table_optimizer
-from hstu_plugin.adapters.torchrec.options import OptimOptions, TableOptimizer
-from hstu_plugin.adapters.torchrec.sharding import _allowed
+from hstu_plugin.adapters.torchrec.options import OptimOptions, Precision, TableOptimizer
+from hstu_plugin.adapters.torchrec.sharding import _allowed, shard_model
 
 from .cases import RETRIEVAL
 
@@ -22,6 +22,20 @@ def test_no_rank_without_rows_on_cpus() -> None:
     assert _allowed(RETRIEVAL, {}, 2, CPU) == {} == _allowed(RETRIEVAL, {}, 4, CUDA)
     with pytest.raises(ValueError, match="table 'kind' has 5 rows, too few for row_wise over 4 ranks"):
         _allowed(RETRIEVAL, {"kind": ("row_wise",)}, 4, CPU)
+
+
+def test_bf16_messages_are_refused_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"run\.messages: expected fp32 on a CPU, got bf16; gloo carries no bf16"):
+        shard_model(
+            torch.nn.Identity(),
+            RETRIEVAL,
+            device=CPU,
+            fused_params={},
+            choices={},
+            local_world_size=1,
+            batch_size=1,
+            messages=Precision.BF16,
+        )
 
 
 def test_table_optimisers_by_device() -> None:

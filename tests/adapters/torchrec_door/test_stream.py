@@ -14,7 +14,8 @@ import torch
 
 from hstu_plugin.adapters.torchrec import SequenceBatch, check_batch
 from hstu_plugin.adapters.torchrec.data import RankBatches, SkippedData, plan_stream
-from hstu_plugin.adapters.torchrec.options import TrainOptions, options_from_dict
+from hstu_plugin.adapters.torchrec.options import TrainOptions
+from hstu_plugin.adapters.torchrec.options_file import options_from_dict
 from hstu_plugin.adapters.torchrec.parquet import CorruptFile
 from hstu_plugin.adapters.torchrec.samplers import make_sampler
 
