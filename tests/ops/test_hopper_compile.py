@@ -13,7 +13,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper", reason="Triton is not installed")
+hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper_launch", reason="Triton is not installed")
 
 pytestmark = [
     pytest.mark.skipif(not hopper.available(), reason="the Gluon interface of this Triton is not the one it needs"),

@@ -20,7 +20,7 @@ def missing() -> str:
         return "no NVIDIA GPU that this PyTorch can use"
     if torch.cuda.get_device_capability()[0] != 9:
         return "no Hopper GPU"
-    hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper", reason="Triton is not installed")
+    hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper_launch", reason="Triton is not installed")
     return "" if hopper.available() else "the Gluon interface of this Triton is not the one it needs"
 
 
@@ -34,7 +34,7 @@ LENGTHS = (0, 1, 63, 64, 65, 0, 127, 128, 129, 255, 256, 257, 640, 1000, 0)
 @pytest.fixture(autouse=True)
 def short_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of any length take the kernel."""
-    from hstu_kernels.attention.triton import hopper
+    from hstu_kernels.attention.triton import hopper_launch as hopper
 
     tiles = {width: replace(tile, least=0) for width, tile in hopper.TILES.items()}
     monkeypatch.setattr(hopper, "TILES", tiles)
@@ -53,7 +53,7 @@ def random_rows(rows: int, heads: int, dtype: torch.dtype, seed: int) -> tuple[T
 
 def ours(x: tuple[Tensor, ...], plan: TritonPlan, out: Tensor | None = None, programs: int | None = None) -> Tensor:
     """By this kernel; a call that it does not take fails."""
-    from hstu_kernels.attention.triton.hopper import TILES, HopperForward
+    from hstu_kernels.attention.triton.hopper_launch import TILES, HopperForward
 
     q, k, v = x
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
@@ -74,7 +74,7 @@ def theirs(x: tuple[Tensor, ...], plan: TritonPlan) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stays_in_the_budget_and_is_what_a_call_runs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hstu_kernels.attention.triton.hopper import HopperForward
+    from hstu_kernels.attention.triton.hopper_launch import HopperForward
 
     launches = []
     launch = HopperForward.launch

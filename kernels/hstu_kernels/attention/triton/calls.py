@@ -21,7 +21,7 @@ from hstu_kernels.attention.triton.arguments import (
 from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
-from hstu_kernels.attention.triton.hopper import HopperForward, hopper_forward
+from hstu_kernels.attention.triton.hopper_launch import HopperForward, hopper_forward
 from hstu_kernels.attention.triton.join import hstu_join_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import (
