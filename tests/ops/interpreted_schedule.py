@@ -238,3 +238,18 @@ def test_spans_of_blocks(lengths: list[int], block: int, seed: int) -> None:
         for begin in range(start, start + length, block):
             own = times[begin : min(begin + block, start + length)]
             assert spans[begin].tolist() == [int(own.min()), int(own.max())]
+
+
+@pytest.mark.parametrize("lengths", [(70, 0, 33, 64, 1), (128, 128, 128), (5,), (0, 0)], ids=str)
+def test_mixed_lists_hold_the_same_tiles_the_busiest_first(lengths: tuple[int, ...]) -> None:
+    """For programs that stay and share the tiles to and fro: what lies next to each other is alike."""
+    layout = JaggedLayout.from_lengths(torch.tensor(lengths))
+    plan = plan_triton(layout, AttentionMask(), None, sum(lengths))
+    mixed, plain = (
+        [line for line in work.tolist() if line[1]] for work in (plan.mixed_work(32, 16), plan.query_work(32, 16))
+    )
+    assert sorted(mixed) == sorted(plain)
+    blocks = [line[-1] for line in mixed]
+    tiles = [line[3] // 32 for line in mixed]
+    assert tiles == sorted(tiles, reverse=True)
+    assert all(count > 0 for count in blocks)

@@ -65,7 +65,6 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setattr(launcher.Variant, "_launch", lambda *given: made.launch(*given))
     monkeypatch.setattr(launcher, "_current_stream", lambda device: 0)
     monkeypatch.setattr(arguments, "_has_copy_engine", lambda device: True)
-    monkeypatch.setattr(target_launch, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(backends, "_triton_obstacle", lambda facts: None)
     caches = (api._decided, gate_api._decided, calls._variant, target_launch._variant, gate_launch._variant)
     for cache in caches:

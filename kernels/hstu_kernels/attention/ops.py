@@ -68,7 +68,7 @@ def operator_attention(
     work = []
     if backend is Backend.TRITON:
         biased = bias.pos_table is not None or bias.time_table is not None
-        for side, block_m, block_n in work_keys(q.shape[2], v.shape[2], q.dtype, biased):
+        for side, block_m, block_n in work_keys(q.shape[2], v.shape[2], q.dtype, biased, mask.max_attn_len > 0):
             work.append(attention_work(*geometry, *structure, q.shape[0], side, block_m, block_n))
         if bias.time_table is not None:
             asked = (bias.timestamps, bias.row_timestamps)
@@ -82,9 +82,9 @@ def operator_attention(
     return out
 
 
-def work_keys(qk_dim: int, v_dim: int, dtype: torch.dtype, biased: bool) -> tuple[WorkKey, ...]:
-    """Sides and tiles of the lists that the kernels of these widths read, each once; the same for every mask."""
-    tiles = tile_set(qk_dim, v_dim, dtype, biased=biased)
+def work_keys(qk_dim: int, v_dim: int, dtype: torch.dtype, biased: bool, windowed: bool) -> tuple[WorkKey, ...]:
+    """Sides and tiles of the lists that the kernels of these widths read, each once."""
+    tiles = tile_set(qk_dim, v_dim, dtype, biased=biased, windowed=windowed)
     sides = [("query", tiles.forward), ("query", tiles.dq), ("key", tiles.dkdv)]
     if biased:
         sides.append(("query", tiles.bias))
@@ -253,7 +253,8 @@ class _Call:
         q, _, v, _, time_table = self.tensors
         assert q is not None and v is not None
         asked = known = bounds = None
-        keys: tuple[Any, ...] = work_keys(q.shape[2], v.shape[2], q.dtype, self.bias is not None)
+        windowed = self.mask.max_attn_len > 0
+        keys: tuple[Any, ...] = work_keys(q.shape[2], v.shape[2], q.dtype, self.bias is not None, windowed)
         lists = dict(zip(keys, self.work, strict=False))
         spans = {}
         if self.bias is not None and time_table is not None:

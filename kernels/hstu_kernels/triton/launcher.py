@@ -50,14 +50,22 @@ class Panel(TensorDescriptor):  # type: ignore[misc]
 
     Args:
         base: the tensor. shape, strides: of its rows and columns. block_shape: of one copy.
+        layout: of a copy in shared memory, where a Gluon kernel has to be told.
     """
 
-    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
+    def __init__(
+        self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: Any = None
+    ) -> None:
         # The dataclass's own checks cost as much as the rest of a launch; its defaults are attributes of the class.
         self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
+        self.layout = layout
 
-    def checked(self) -> TensorDescriptor:
-        """The descriptor as Triton makes it."""
+    def checked(self) -> Any:
+        """The descriptor as Triton makes it, or Gluon."""
+        if self.layout is not None:
+            from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+            return GluonDescriptor(self.base, self.shape, self.strides, self.block_shape, self.layout)
         return TensorDescriptor(self.base, self.shape, self.strides, self.block_shape)
 
 

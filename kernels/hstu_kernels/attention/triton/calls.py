@@ -21,6 +21,7 @@ from hstu_kernels.attention.triton.arguments import (
 from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
+from hstu_kernels.attention.triton.hopper_launch import HopperForward, hopper_forward
 from hstu_kernels.attention.triton.join import hstu_join_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import (
@@ -145,6 +146,13 @@ class Call:
             job = self._kit.jobs[key] = Job(self._plan, self._kit, role, tile, entries)
         return job
 
+    def hopper(self, out: Tensor) -> bool:
+        """Write the forward's result by the kernel that is for Hopper alone; ``False``: not a call for it."""
+        kernel = self._kit.hopper
+        if kernel is None or self.tiles is not self._kit.tiles:
+            return False
+        return kernel.launch(self.inputs, out, direct=self._direct)
+
     def launch(
         self,
         job: Job,
@@ -198,6 +206,9 @@ class _Kit:
         self.tiles = _tiles_of(q, v, plan, biased=pos_table is not None or time_table is not None)
         self.facts = facts_of(q, v, plan.layout.contextual_seq_len, pos_table, time_table)
         self.jobs: dict[tuple[str, int, bool], Job] = {}
+        self.hopper: HopperForward | None = None
+        if pos_table is None and time_table is None and self.rows:
+            self.hopper = hopper_forward(*fitted, plan, self.alpha, float(scale))
 
 
 class Job:
@@ -302,6 +313,8 @@ def _variant(
         constants["ENTRIES"] = entries
     if role == "dq":
         constants["COPIES"] = POSITION_COPIES
+    if tile.registers and facts[-1]:
+        constants["maxnreg"] = tile.registers
     return Variant(_KERNELS[role], **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 

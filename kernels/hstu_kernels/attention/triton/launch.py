@@ -83,7 +83,7 @@ def triton_forward(
     divided = divide(pos_table, time_table, alpha) if divided is None else divided
     call = Call(q, k, v, pos_table, time_table, plan, alpha, scale, divided, tiles)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    if call.rows:
+    if call.rows and not call.hopper(out):
         job = call.job("forward", call.tiles.forward)
         partial = job.sums(v)
         call.launch(job, (out, partial), call.inputs[1:])

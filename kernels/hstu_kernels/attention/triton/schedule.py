@@ -36,6 +36,9 @@ FULL_SEGMENTS = {"query": (0, 3), "key": (2, 5)}
 PIECE_ROWS = 4096
 # Rows of the last sequences, whose tiles run busiest first all together. Their keys and values fit into the cache.
 END_ROWS = 16384
+# The same for programs that stay, to which the device deals nothing out: whole batches, as far as those that read the
+# same keys and values still run together.
+MIXED_ROWS = 65536
 # Lines that one program of the list's kernel writes.
 _SLOTS = 32
 
@@ -63,6 +66,10 @@ class TritonPlan:
     def query_work(self, block_m: int, block_n: int) -> Tensor:
         """``[lines, LINE]`` int64: query tiles and the key blocks they meet; some lines are empty."""
         return self._work("query", block_m, block_n)
+
+    def mixed_work(self, block_m: int, block_n: int) -> Tensor:
+        """As `query_work`, with the tiles of the last MIXED_ROWS rows in one order, the busiest first."""
+        return self._work("mixed", block_m, block_n)
 
     def key_work(self, block_m: int, block_n: int) -> Tensor:
         """``[lines, LINE]`` int64: key tiles and the blocks of query rows they meet; some lines are empty."""
@@ -94,14 +101,15 @@ class TritonPlan:
 
     def _write(self, side: str, block_m: int, block_n: int) -> Tensor:
         layout = self.layout
-        own = block_m if side == "query" else block_n
-        long, pieces = self.pieces(side, own)
+        of_query = side != "key"
+        own = block_m if of_query else block_n
+        long, pieces = self.pieces("query" if of_query else "key", own)
         lines = pieces + list_length(self.total_rows, layout.batch_size, own)
         programs = (lines + _SLOTS - 1) // _SLOTS
         work = torch.empty(programs * _SLOTS, LINE, dtype=torch.int64, device=layout.device)
         if lines:
-            room = (long if pieces else 0, PIECE_ROWS, END_ROWS)
-            kernel = _list_writer(layout.contextual_seq_len, self.mask, block_m, block_n, side == "query", *room)
+            room = (long if pieces else 0, PIECE_ROWS, MIXED_ROWS if side == "mixed" else END_ROWS)
+            kernel = _list_writer(layout.contextual_seq_len, self.mask, block_m, block_n, of_query, *room)
             batch = layout.batch_size
             arrays = (work, self.order, self.ends, layout.seq_offsets, layout.num_targets)
             kernel(programs, arrays, (batch, batch.bit_length(), pieces))

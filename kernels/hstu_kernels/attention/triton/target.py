@@ -158,16 +158,14 @@ def hstu_target_kernel(
     MASK: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    """One program for each stretch of the history, slot of a target tile, and head; with WHOLE one for all stretches.
+    """One program for each stretch of the history, slot of a target tile, and head.
 
     Writes ``out [T, H, Dv]`` (contiguous), or, where there is ``sums [stretches, T, H, Dv]`` in float32, each
     stretch's part of it without the factor ``scale``, for `hstu_target_sum_kernel`.
     """
     HEADS: tl.constexpr = SHAPE.heads
     BLOCK_M: tl.constexpr = SHAPE.block_m
-    BLOCK_V: tl.constexpr = SHAPE.block_v
     # A comparison of each tile with its user's first request time, where there are times at all.
     TIMED: tl.constexpr = SHAPE.buckets > 0
     piece = tl.program_id(0) // (slots * HEADS)
@@ -193,75 +191,38 @@ def hstu_target_kernel(
         if TIMED:
             asked_at = tl.load(row_times_ptr + start)
             together = (tl.min(row_times) == asked_at) & (tl.max(row_times) == asked_at)
-        if WHOLE:
-            # One behind the other, added up as `hstu_target_sum_kernel` does: the same bits.
-            acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            for split in range(tl.maximum(tl.cdiv(history_end, SPLIT_ROWS), 1)):
-                acc += _stretch(
-                    q,
-                    k_ptr,
-                    v_ptr,
-                    cache_k_ptr,
-                    cache_v_ptr,
-                    k_desc,
-                    v_desc,
-                    k_row_stride,
-                    v_row_stride,
-                    cache_k_row_stride,
-                    cache_v_row_stride,
-                    head * cache_k_head_stride,
-                    head * cache_v_head_stride,
-                    split,
-                    begin,
-                    length,
-                    row_times,
-                    together,
-                    cache_start,
-                    history_end,
-                    rab_ptr,
-                    pos_ptr,
-                    time_ptr,
-                    bounds_ptr,
-                    key_times_ptr,
-                    alpha,
-                    SHAPE,
-                    MASK,
-                    SPLIT_ROWS,
-                    STAGES,
-                )
-        else:
-            acc = _stretch(
-                q,
-                k_ptr,
-                v_ptr,
-                cache_k_ptr,
-                cache_v_ptr,
-                k_desc,
-                v_desc,
-                k_row_stride,
-                v_row_stride,
-                cache_k_row_stride,
-                cache_v_row_stride,
-                head * cache_k_head_stride,
-                head * cache_v_head_stride,
-                piece,
-                begin,
-                length,
-                row_times,
-                together,
-                cache_start,
-                history_end,
-                rab_ptr,
-                pos_ptr,
-                time_ptr,
-                bounds_ptr,
-                key_times_ptr,
-                alpha,
-                SHAPE,
-                MASK,
-                SPLIT_ROWS,
-                STAGES,
-            )
+        acc = _stretch(
+            q,
+            k_ptr,
+            v_ptr,
+            cache_k_ptr,
+            cache_v_ptr,
+            k_desc,
+            v_desc,
+            k_row_stride,
+            v_row_stride,
+            cache_k_row_stride,
+            cache_v_row_stride,
+            head * cache_k_head_stride,
+            head * cache_v_head_stride,
+            piece,
+            begin,
+            length,
+            row_times,
+            together,
+            cache_start,
+            history_end,
+            rab_ptr,
+            pos_ptr,
+            time_ptr,
+            bounds_ptr,
+            key_times_ptr,
+            alpha,
+            SHAPE,
+            MASK,
+            SPLIT_ROWS,
+            STAGES,
+        )
         OUT_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
         if sums_ptr is None:
             out_ptr += start * OUT_STRIDE + head * SHAPE.v_dim

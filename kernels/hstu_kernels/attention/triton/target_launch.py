@@ -7,12 +7,11 @@ import functools
 import torch
 from torch import Tensor
 
-from hstu_kernels.attention.triton import interpreting
-from hstu_kernels.attention.triton.arguments import Facts, Tables, addressable, facts_of, panels, same_bits, shape_of
+from hstu_kernels.attention.triton.arguments import Facts, Tables, addressable, facts_of, panels, shape_of
 from hstu_kernels.attention.triton.schedule import device_boundaries
 from hstu_kernels.attention.triton.target import hstu_target_kernel
 from hstu_kernels.attention.triton.target_sums import hstu_target_bias_kernel, hstu_target_sum_kernel
-from hstu_kernels.attention.triton.tiles import Tile, many_targets, tile_set
+from hstu_kernels.attention.triton.tiles import Tile, tile_set
 from hstu_kernels.bias import RelativeBias
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
@@ -20,8 +19,6 @@ from hstu_kernels.triton.launcher import Variant
 
 # Keys of a stretch, whose sums are added up. Never chosen by the batch: a number may not depend on others.
 SPLIT_ROWS = 2048
-# Programs for each multiprocessor from which on one goes through all stretches, and partial sums stay out of memory.
-_FULL_HOUSE = 3
 _BIAS_BLOCK = 256
 _SUM_ROWS, _SUM_COLUMNS = 8, 256
 _tile_set = functools.lru_cache(maxsize=64)(tile_set)
@@ -40,13 +37,11 @@ def triton_target_attention(
     bias: RelativeBias | None,
     tile: Tile | None = None,
     split_rows: int = SPLIT_ROWS,
-    whole: bool | None = None,
 ) -> Tensor:
     """Arguments and result as `hstu_kernels.hstu_target_attention`, without autograd.
 
     ``layout`` may end before ``T`` and ``cache.layout`` before the cache's rows: what lies behind is not touched, and
-    the rows of the result there hold anything. For tests: ``tile``, ``split_rows`` and ``whole`` (one program for all
-    stretches of a history, with the same bits).
+    the rows of the result there hold anything. For tests: ``tile`` and ``split_rows``.
     """
     pos_table = None if bias is None else bias.pos_table
     time_table = None if bias is None else bias.time_table
@@ -54,11 +49,6 @@ def triton_target_attention(
     rows, heads, qk_dim = q.shape
     if tile is None:
         tile = _tile_set(qk_dim, v.shape[2], q.dtype, biased=biased).forward
-        large = many_targets(qk_dim, v.shape[2], q.dtype, biased=biased)
-        if large is not None and same_bits(q.get_device()) and _fills(q, layout.batch_size, large):
-            tile = large
-    if whole is None:
-        whole = _fills(q, layout.batch_size, tile)
     row_times = key_times = bounds = None
     if bias is not None and bias.time_table is not None:
         assert bias.row_timestamps is not None and bias.timestamps is not None
@@ -81,13 +71,13 @@ def triton_target_attention(
     rab = None
     if biased:
         rab = torch.empty(cached, dtype=torch.float32, device=q.device)
-        _variant("bias", None, split_rows, facts, tile, False, False)(
+        _variant("bias", None, split_rows, facts, tile, False)(
             cached // _BIAS_BLOCK + batch, (rab, *bias_arrays, *offsets), (batch,)
         )
-    splits = 1 if whole else max(1, -(-min(cache.layout.max_seq_len, cached) // split_rows))
+    splits = max(1, -(-min(cache.layout.max_seq_len, cached) // split_rows))
     sums = None if splits == 1 else torch.empty(splits, *v.shape, dtype=torch.float32, device=v.device)
     slots = rows // tile.block_m + batch
-    _variant("target", mask, split_rows, facts, tile, described is not None, whole)(
+    _variant("target", mask, split_rows, facts, tile, described is not None)(
         splits * slots * heads,
         (*inputs, out, sums, *(described or (None, None)), rab, *bias_arrays, *offsets),
         (batch, slots, rows, *strides, float(alpha), float(scale)),
@@ -99,27 +89,15 @@ def triton_target_attention(
     return out
 
 
-def _fills(q: Tensor, batch_size: int, tile: Tile) -> bool:
-    """Whether the targets alone keep the machine busy, whatever the histories. Buffers of graphs count as they are."""
-    programs = (q.shape[0] // tile.block_m + batch_size) * q.shape[1]
-    return programs >= _FULL_HOUSE * _multiprocessors(q.get_device())
-
-
-@functools.lru_cache(maxsize=64)
-def _multiprocessors(device: int) -> int:
-    """Of a device by its index; of the interpreter, one."""
-    return 1 if interpreting() else int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 @functools.lru_cache(maxsize=512)
 def _variant(
-    role: str, mask: AttentionMask | None, split_rows: int, facts: Facts, tile: Tile, descriptors: bool, whole: bool
+    role: str, mask: AttentionMask | None, split_rows: int, facts: Facts, tile: Tile, descriptors: bool
 ) -> Variant:
     shape = shape_of(facts, tile, descriptors)
     if role == "bias":
         return Variant(hstu_target_bias_kernel, SHAPE=shape, BLOCK=_BIAS_BLOCK, num_warps=4)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    constants = {"SHAPE": shape, "MASK": mask, "SPLIT_ROWS": split_rows, "STAGES": tile.num_stages, "WHOLE": whole}
+    constants = {"SHAPE": shape, "MASK": mask, "SPLIT_ROWS": split_rows, "STAGES": tile.num_stages}
     return Variant(hstu_target_kernel, **constants, **options)
 
 

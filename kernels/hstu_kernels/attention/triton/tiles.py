@@ -12,7 +12,8 @@ class Tile:
     """Rows of a query tile, rows of a key tile, warps, and depth of the software pipeline.
 
     ``own_in_registers``: so many operands of the own side stay in registers, where they have two bytes an element:
-    ``q`` in the forward, ``dout`` and then ``q`` in dq, ``v`` and then ``k`` in dkdv.
+    ``q`` in the forward, ``dout`` and then ``q`` in dq, ``v`` and then ``k`` in dkdv. ``registers``: of a thread at
+    most, so that more programs fit on a multiprocessor; 0: as many as the compiler takes.
     """
 
     block_m: int
@@ -20,6 +21,7 @@ class Tile:
     num_warps: int
     num_stages: int
     own_in_registers: int = 0
+    registers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +121,6 @@ def length_class(longest: int) -> int:
     return max((least for least, _ in _LONG.values() if least <= longest), default=0)
 
 
-def many_targets(qk_dim: int, v_dim: int, dtype: torch.dtype, *, biased: bool) -> Tile | None:
-    """The tile of cached targets that fill a Hopper GPU by themselves; ``None``: that of the forward.
-
-    Adds up in the same order as the forward's, with the same bits.
-    """
-    if biased or dtype.itemsize != 2 or (qk_dim, v_dim) != (128, 128):
-        return None
-    return _MANY_TARGETS
-
-
 def unpipelined(tile: Tile) -> Tile:
     """For kernels that look tables up in their main loop: the pipeline would buffer the entries in shared memory."""
     return replace(tile, num_stages=1)
@@ -174,8 +166,10 @@ _PADDED = {
 _LONG = {64: (2048, Tile(128, 64, 4, 3, 1)), 128: (8192, Tile(128, 64, 8, 3))}
 # Below it no tile goes by the length.
 LONG_BATCH = min(least for least, _ in _LONG.values())
-_MANY_TARGETS = Tile(128, 64, 8, 3)
-_WINDOWED = _PLAIN | {128: replace(_PLAIN[128], dq=Tile(64, 64, 4, 2, 2))}
+# Three short programs of a multiprocessor hide each other's ends.
+_WINDOWED = _PLAIN | {
+    128: TileSet(Tile(64, 32, 4, 4, 1, registers=168), Tile(64, 64, 4, 3, 2), Tile(32, 64, 4, 3, 2), Tile(64, 64, 4, 1))
+}
 _TABLES = TileSet(Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 2), _FEW_KEYS, Tile(64, 64, 4, 1))
 _BIASED = {64: _TABLES, 128: _TABLES, 256: _WIDEST}
 

@@ -1,0 +1,141 @@
+"""When the forward takes the kernel that is for Hopper alone, and its launch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from hstu_kernels.attention.triton.arguments import panels, same_bits
+from hstu_kernels.attention.triton.schedule import MIXED_ROWS, TritonPlan
+from hstu_kernels.mask import AttentionMask
+from hstu_kernels.triton.launcher import Argument, Panel, Ready, Variant
+
+# The Gluon interface may change with each Triton: only those for which the kernel was written and tested.
+_TRITONS = ("3.6.",)
+BLOCK_M = 128
+_GROUP_ROWS = 64
+# Coordinates of the copy engine have 32 bits.
+_MOST_COLUMNS = 1 << 31
+# `schedule` mixes so many sequences at most.
+_MOST_MIXED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class HopperTile:
+    """Keys of a block, slots of the rings, and the rows of a longest sequence from which on it wins."""
+
+    block_n: int
+    stages: int
+    least: int
+
+
+# By head width. Measured on an H200 (docs/performance-notes.md): at 1024 rows the other kernel is ahead.
+TILES = {128: HopperTile(128, 2, 4096)}
+
+
+def hopper_forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: TritonPlan, alpha: float, scale: float
+) -> HopperForward | None:
+    """The launch for calls like this one, which have no bias; ``None`` where the other kernel is to run.
+
+    Depends on what the host knows. Which kernel runs changes no bit (tested on CUDA).
+    """
+    layout = plan.layout
+    tile = TILES.get(q.shape[2])
+    if tile is None or layout.max_seq_len < tile.least or v.shape[2] != q.shape[2]:
+        return None
+    if plan.mask != AttentionMask() or layout.num_targets is not None or layout.contextual_seq_len:
+        return None
+    if q.dtype.itemsize != 2 or not q.is_cuda or not same_bits(q.get_device()) or not available():
+        return None
+    if any(x.shape[1] * x.stride(1) >= _MOST_COLUMNS for x in (q, k, v)):
+        return None
+    return HopperForward(q, plan, tile, alpha, scale)
+
+
+@functools.lru_cache(maxsize=1)
+def available() -> bool:
+    """Whether this Triton has the interface that the kernel is written in."""
+    if not triton.__version__.startswith(_TRITONS):
+        return False
+    try:
+        import hstu_kernels.attention.triton.hopper_forward  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class HopperForward:
+    """The forward of one kind of calls on one plan.
+
+    Args:
+        q: of such a call. alpha, scale: numbers of it.
+        programs: that stay and share the tiles; ``None``: by the batch.
+    """
+
+    def __init__(
+        self, q: Tensor, plan: TritonPlan, tile: HopperTile, alpha: float, scale: float, programs: int | None = None
+    ) -> None:
+        self._tile, self._alpha, self._scale = tile, alpha, scale
+        self._work = plan.mixed_work(BLOCK_M, tile.block_n)
+        self._items = self._work.shape[0] * q.shape[1]
+        # Programs that stay need tiles in one order; without it the device deals them out, one to a program.
+        stay = plan.total_rows <= MIXED_ROWS and plan.layout.batch_size <= _MOST_MIXED
+        self._programs = programs or (min(self._items, _multiprocessors(q.get_device())) if stay else self._items)
+        self._kernel = _variant(q.shape[1], q.shape[2], tile.block_n, tile.stages)
+        self._ready: Ready | None = None
+
+    def launch(self, inputs: tuple[Tensor, ...], out: Tensor, *, direct: bool) -> bool:
+        """Write ``out``; ``False`` where the copy engine cannot fetch the inputs.
+
+        ``direct``: the inputs lie at multiples of 16 bytes on the current device.
+        """
+        ready = self._ready
+        if ready is not None and direct and not ready.watched():
+            q, k, v = inputs
+            ready([out.data_ptr(), self._work.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr()])
+            return True
+        fetched = self._panels(inputs)
+        if fetched is None:
+            return False
+        arrays: tuple[Argument, ...] = (out, self._work, *fetched)
+        numbers = (self._items, *(x.stride(1) for x in inputs), self._alpha, self._scale)
+        self._kernel(self._programs, arrays, numbers)
+        if direct:
+            self._ready = self._kernel.ready(self._programs, arrays, numbers)
+        return True
+
+    def _panels(self, inputs: tuple[Tensor, ...]) -> tuple[Panel, ...] | None:
+        found = []
+        for x, rows in zip(inputs, (_GROUP_ROWS, self._tile.block_n, self._tile.block_n), strict=True):
+            plain = panels((x,), rows)
+            if plain is None:
+                return None
+            panel = plain[0]
+            layout = _shared_layout(rows, x.shape[2], x.dtype)
+            found.append(Panel(panel.base, panel.shape, panel.strides, panel.block_shape, layout))
+        return tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_layout(rows: int, width: int, dtype: torch.dtype) -> object:
+    from triton.experimental.gluon import language as gl
+
+    kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([rows, width], kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _variant(heads: int, width: int, block_n: int, stages: int) -> Variant:
+    from hstu_kernels.attention.triton.hopper_forward import hopper_fwd_kernel
+
+    return Variant(hopper_fwd_kernel, HEADS=heads, D=width, BLOCK_N=block_n, STAGES=stages, num_warps=4)

@@ -1,0 +1,91 @@
+"""The forward that is for Hopper alone, compiled without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper_launch", reason="Triton is not installed")
+
+pytestmark = [
+    pytest.mark.skipif(not hopper.available(), reason="the Gluon interface of this Triton is not the one it needs"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def compiled(dtype: torch.dtype, width: int) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from hstu_kernels.attention.triton.hopper_forward import hopper_fwd_kernel
+
+    tile = hopper.TILES[width]
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    signature = {"out_ptr": f"*{name}", "work_ptr": "*i64"}
+    for argument, rows in (("q_desc", 64), ("k_desc", tile.block_n), ("v_desc", tile.block_n)):
+        layout = hopper._shared_layout(rows, width, dtype)
+        signature[argument] = f"tensordesc<{name}[{rows}, {width}],{layout!r}>"
+    numbers = ("items", "q_head_stride", "k_head_stride", "v_head_stride")
+    signature |= dict.fromkeys(numbers, "i32") | {"alpha": "fp32", "scale": "fp32"}
+    constants = {"HEADS": 4, "D": width, "BLOCK_N": tile.block_n, "STAGES": tile.stages}
+    signature |= dict.fromkeys(constants, "constexpr")
+    divisible = [["tt.divisibility", 16]]
+    attributes = {
+        (i,): divisible
+        for i, argument in enumerate(hopper_fwd_kernel.arg_names)
+        if argument.endswith(("_ptr", "_stride"))
+    }
+    source = GluonASTSource(fn=hopper_fwd_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+@pytest.mark.parametrize("width", hopper.TILES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fetches_by_the_copy_engine_and_fits(dtype: torch.dtype, width: int, tmp_path: Path) -> None:
+    kernel = compiled(dtype, width)
+    code = kernel.asm["ptx"]
+    # q twice, k and v, 64 columns at a time.
+    assert code.count("cp.async.bulk.tensor") == 4 * width // 64
+    assert code.count("setmaxnreg") >= 3
+    assert "tanh.approx.f32" in code
+    assert kernel.metadata.shared <= 227 * 1024
+    assert kernel.metadata.global_scratch_size == 0, "a launch by addresses alone has no memory to offer"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not os.access(tool, os.X_OK):
+        pytest.skip("this Triton ships no cuobjdump")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    listing = subprocess.run(
+        [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    used = dict(re.findall(r"\b(REG|STACK):(\d+)", listing))
+    assert int(used["STACK"]) == 0
+    # Twelve warps of a program: 65,536 registers of a multiprocessor.
+    assert int(used["REG"]) <= 168
+
+
+def test_rows_of_another_sequence_are_cleared_before_the_copy_engine_may_write_again() -> None:
+    """What a thread wrote to shared memory: a fence, then all warps of the group, then the product."""
+    code = compiled(torch.bfloat16, 128).asm["ptx"]
+    same_stretch = r"(?:(?!wgmma\.mma).)*?"
+    pattern = rf"st\.shared{same_stretch}fence\.proxy\.async{same_stretch}bar\.sync"
+    after = [code[found.end() :] for found in re.finditer(pattern, code, flags=re.DOTALL)]
+    # Once for each group; nothing is written behind the fence.
+    assert len(after) >= 2
+    for rest in after[-2:]:
+        assert not re.match(r"[^\n]*\n(?:(?!bra).)*st\.shared", rest, flags=re.DOTALL)

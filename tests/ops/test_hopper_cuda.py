@@ -1,0 +1,175 @@
+"""The forward that is for Hopper alone, on such a GPU: fp64 budget, bits, neighbours, races."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hstu_kernels import AttentionMask, JaggedLayout, hstu_attention
+from hstu_kernels.attention.triton import TritonPlan, plan_triton
+from hstu_kernels.testing import AttentionCase, BiasKind, assert_within_budget, make_inputs
+
+
+def missing() -> str:
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU that this PyTorch can use"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return "no Hopper GPU"
+    hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper_launch", reason="Triton is not installed")
+    return "" if hopper.available() else "the Gluon interface of this Triton is not the one it needs"
+
+
+REASON = missing()
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(REASON), reason=REASON)]
+
+# Empty ones, single rows, whole tiles and blocks, one more and one less.
+LENGTHS = (0, 1, 63, 64, 65, 0, 127, 128, 129, 255, 256, 257, 640, 1000, 0)
+
+
+@pytest.fixture(autouse=True)
+def short_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of any length take the kernel."""
+    from hstu_kernels.attention.triton import hopper_launch as hopper
+
+    tiles = {width: replace(tile, least=0) for width, tile in hopper.TILES.items()}
+    monkeypatch.setattr(hopper, "TILES", tiles)
+
+
+def planned(lengths: tuple[int, ...]) -> TritonPlan:
+    layout = JaggedLayout.from_lengths(torch.tensor(lengths, device="cuda"))
+    return plan_triton(layout, AttentionMask(), None, sum(lengths))
+
+
+def random_rows(rows: int, heads: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    found = [torch.randn(rows, heads, 128, device="cuda", generator=generator).to(dtype) for _ in range(3)]
+    return found[0], found[1], found[2]
+
+
+def ours(x: tuple[Tensor, ...], plan: TritonPlan, out: Tensor | None = None, programs: int | None = None) -> Tensor:
+    """By this kernel; a call that it does not take fails."""
+    from hstu_kernels.attention.triton.hopper_launch import TILES, HopperForward
+
+    q, k, v = x
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
+    kernel = HopperForward(q, plan, TILES[128], 128**-0.5, 0.01, programs)
+    assert kernel.launch((q, k, v), out, direct=False)
+    return out
+
+
+def theirs(x: tuple[Tensor, ...], plan: TritonPlan) -> Tensor:
+    """By the kernel that runs everywhere."""
+    from hstu_kernels.attention.triton.launch import triton_forward
+    from hstu_kernels.attention.triton.tiles import tile_set
+
+    q, k, v = x
+    tiles = tile_set(128, 128, q.dtype, biased=False)
+    return triton_forward(q, k, v, None, None, plan, 128**-0.5, 0.01, tiles)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stays_in_the_budget_and_is_what_a_call_runs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hstu_kernels.attention.triton.hopper_launch import HopperForward
+
+    launches = []
+    launch = HopperForward.launch
+
+    def counted(self: HopperForward, *args: object, **kwargs: object) -> bool:
+        launches.append(self)
+        return launch(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HopperForward, "launch", counted)
+    case = AttentionCase(name="hopper", lengths=LENGTHS, bias=BiasKind.NONE, heads=2, qk_dim=128, v_dim=128)
+    attention = functools.partial(hstu_attention, backend="triton")
+    assert_within_budget(attention, make_inputs(case, dtype, device="cuda"), signal=False)
+    assert launches
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gives_the_bits_of_the_other_kernel(dtype: torch.dtype) -> None:
+    """Were there one different bit, no kernel could be chosen by length."""
+    rng = random.Random(str(dtype))
+    for seed in range(8):
+        lengths = tuple(rng.choice((0, 1 + rng.randrange(90), 64 * rng.randrange(1, 9), 1500)) for _ in range(9))
+        x, plan = random_rows(sum(lengths), 2, dtype, seed), planned(lengths)
+        expected = theirs(x, plan)
+        for programs in (None, 1, 7, 10_000):
+            assert torch.equal(ours(x, plan, programs=programs), expected), (lengths, programs)
+
+
+def test_a_call_repeats_its_bits_whatever_ran_before() -> None:
+    """Twenty rounds with other inputs between them: a slot that is read too early holds the others' rows."""
+    plan, other = planned((3000, 77, 0, 1025, 512)), planned((4096, 4096))
+    x = random_rows(4614, 2, torch.bfloat16, 0)
+    y = random_rows(8192, 2, torch.bfloat16, 1)
+    first, second = ours(x, plan), ours(y, other)
+    assert torch.equal(first, theirs(x, plan))
+    for _ in range(20):
+        assert torch.equal(ours(x, plan), first)
+        assert torch.equal(ours(y, other), second)
+        scaled = (x[0], x[1], x[2] * 2)
+        assert torch.equal(ours(scaled, plan), first * 2)
+
+
+def test_no_number_of_a_neighbour_is_seen() -> None:
+    """Every other sequence full of what is no number."""
+    lengths = (70, 100, 128, 129, 64, 300, 1, 257, 190)
+    x, plan = random_rows(sum(lengths), 2, torch.bfloat16, 3), planned(lengths)
+    clean = ours(x, plan)
+    start, kept = 0, []
+    for i, length in enumerate(lengths):
+        if i % 2:
+            for t, bad in zip(x, (float("nan"), float("inf"), float("nan")), strict=True):
+                t[start : start + length] = bad
+        else:
+            kept.append(slice(start, start + length))
+        start += length
+    got = ours(x, plan)
+    for rows in kept:
+        assert torch.equal(got[rows], clean[rows])
+
+
+def test_rows_of_no_sequence_are_not_written() -> None:
+    lengths = (0, 100, 65, 0, 129)
+    rows = sum(lengths)
+    room = torch.full((rows + 300, 2, 128), 7.0, dtype=torch.bfloat16, device="cuda")
+    ours(random_rows(rows, 2, torch.bfloat16, 4), planned(lengths), room[100 : 100 + rows])
+    assert bool((room[:100] == 7).all() and (room[100 + rows :] == 7).all())
+
+
+def test_a_neighbour_changes_no_bit() -> None:
+    x = random_rows(9777, 2, torch.bfloat16, 5)
+    alone = ours(tuple(t[:777] for t in x), planned((777,)))
+    assert torch.equal(ours(x, planned((777, 9000)))[:777], alone)
+
+
+def test_columns_of_one_matrix_and_other_rows_of_heads() -> None:
+    """q, k and v as the layer leaves them: columns of one wide matrix."""
+    plan, wide = planned((500, 3, 260)), random_rows(763, 6, torch.bfloat16, 6)[0]
+    x = tuple(wide.unflatten(1, (3, 2)).unbind(1))
+    assert torch.equal(ours(x, plan), ours(tuple(t.contiguous() for t in x), plan))
+
+
+def test_compiled_programs_and_graphs_give_the_same_bits() -> None:
+    lengths = (700, 0, 300)
+    layout = JaggedLayout.from_lengths(torch.tensor(lengths, device="cuda"))
+    x = random_rows(1000, 2, torch.bfloat16, 7)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return hstu_attention(q, k, v, layout, AttentionMask(), alpha=0.1, scale=0.01, backend="triton")
+
+    expected = attend(*x)
+    assert torch.equal(torch.compile(attend, fullgraph=True, backend="eager")(*x), expected)
+    plan = planned(lengths)
+    warm = ours(x, plan)
+    graph, out = torch.cuda.CUDAGraph(), torch.empty_like(warm)
+    with torch.cuda.graph(graph):
+        ours(x, plan, out)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, warm)
