@@ -62,11 +62,11 @@ def test_bits_repeat(width: int, deterministic: bool) -> None:
     )
     inputs = make_inputs(case, torch.bfloat16, device="cuda")
     first = run_attention(attention, inputs)
-    beside, load = torch.cuda.Stream(), torch.ones(2048, 2048, device="cuda")
+    beside, load = torch.cuda.Stream(), torch.ones(1 << 24, device="cuda")
     for _ in range(19):
         with torch.cuda.stream(beside):
             for _ in range(8):
-                torch.mm(load, load)
+                load.sin_()
         for key, result in run_attention(attention, inputs).items():
             if key != "pos_table" or deterministic:
                 assert torch.equal(result, first[key]), key

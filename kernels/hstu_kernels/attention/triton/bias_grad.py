@@ -114,6 +114,7 @@ def hstu_bwd_bias_kernel(
                 row_begin,
                 begin,
                 row_times,
+                key_times,
                 key_times_ptr,
                 seq_start,
                 seq_len,

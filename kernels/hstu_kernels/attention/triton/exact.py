@@ -16,17 +16,18 @@ _LARGEST_EXPONENT = 126
 def fixed_point(grad: Tensor, v: Tensor, seq_offsets: Tensor) -> Tensor:
     """``[1]`` float32, a power of two: so many times the sums of a position table's gradient fit into int64.
 
-    ``|G_ij| <= 1.125 |dout_i| |v_j|``, and an entry is a sum over at most all pairs of rows of each sequence and all heads. NaN
-    where a bound is not finite. No number of the launch geometry goes in, and nothing waits for the device.
+    ``|G_ij| <= 1.125 Dv max|dout| max|v|``, and an entry adds up at most all pairs of rows of each sequence, of all
+    heads. NaN where a bound is not finite. No number of the launch geometry goes in; nothing waits for the device.
 
     Args:
         grad: ``dout [L, H, Dv]``. v: ``[L, H, Dv]``. seq_offsets: ``[B + 1]``.
     """
     if not grad.numel():
         return torch.ones(1, dtype=torch.float32, device=grad.device)
-    longest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax().double() for x in (grad, v)]
+    # Not the rows' norms: squares of small numbers would vanish.
+    largest = [torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32).double() for x in (grad, v)]
     pairs = seq_offsets.diff().double().square().sum() * grad.shape[1]
-    bound = longest[0] * longest[1] * pairs * _STEEPEST
+    bound = largest[0] * largest[1] * pairs * (v.shape[2] * _STEEPEST)
     _, exponent = torch.frexp(bound)
     # bound < 2^exponent
     shift = (_BITS - exponent).clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)

@@ -113,8 +113,8 @@ def triton_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and the two tables, outside autograd; ``None`` where ``needed`` says no.
 
-    Under `torch.use_deterministic_algorithms` the bits of all of them repeat (`exact`); otherwise of all but that of the
-    position table, to which programs add in the order in which they come.
+    Under `torch.use_deterministic_algorithms` the bits of all of them repeat (`exact`); otherwise of all but that of
+    the position table, to which programs add in the order in which they come.
 
     ``into``: where those of q, k and v go, if all of them are needed: ``[L, H, D]``, with rows of one stride (that of
     columns of one matrix) and contiguous heads.

@@ -27,6 +27,7 @@ def _add_times_by_warp(
     rows,
     cols,
     row_times,
+    ahead,
     key_times_ptr,
     seq_start,
     seq_len,
@@ -44,7 +45,7 @@ def _add_times_by_warp(
     if more == 0:
         tl.inline_asm_elementwise(_ONE_CLASS, _ONE_CLASS_OPERANDS, [grad, sums], dtype=tl.int8, is_pure=False, pack=32)
     elif more <= SHAPE.few_buckets:
-        asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+        asked, known = times_of(row_times, ahead, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
         row, key = (asked - key_low).to(tl.int32), (known - key_low).to(tl.int32)
         farthest = row_high - key_low
         first = threshold(bounds_ptr, lowest, farthest, SHAPE)
@@ -70,7 +71,7 @@ def _add_times_by_warp(
                 pack=32,
             )
     else:
-        asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+        asked, known = times_of(row_times, ahead, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
         bucket = general_bucket(asked, known, row_low, row_high, key_low, key_high, bounds_ptr, SHAPE)
         tl.inline_asm_elementwise(
             _BY_BUCKET,
@@ -119,6 +120,7 @@ def add_times(
     rows,
     cols,
     row_times,
+    ahead,
     key_times_ptr,
     seq_start,
     seq_len,
@@ -141,6 +143,7 @@ def add_times(
             rows,
             cols,
             row_times,
+            ahead,
             key_times_ptr,
             seq_start,
             seq_len,
@@ -157,7 +160,7 @@ def add_times(
         if more == 0:
             sums += tl.where(tl.arange(0, ENTRIES) == lowest, tl.sum(tl.sum(grad, 1), 0), 0.0)
         elif more <= FEW:
-            asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+            asked, known = times_of(row_times, ahead, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
             if more == 1:
                 sums = _add_few(sums, grad, asked, known, row_high, key_low, lowest, bounds_ptr, SHAPE, ENTRIES, 1)
             else:
