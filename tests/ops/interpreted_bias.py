@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor
 from hstu_kernels import AttentionMask, JaggedLayout, RelativeBias, next_event_timestamps
 from hstu_kernels.attention.triton import plan_triton
 from hstu_kernels.attention.triton.launch import triton_attention
-from hstu_kernels.attention.triton.rab import block_bias, bucket_range, is_narrow, own_span
+from hstu_kernels.attention.triton.rab import block_bias, bucket_range, is_narrow, own_span, times_ahead
 from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet
 from hstu_kernels.bias import bucket_boundaries, time_buckets
 from hstu_kernels.testing import AttentionCase, AttentionInputs, BiasKind, assert_within_budget, make_inputs
@@ -121,6 +123,43 @@ def test_without_products_the_bias_is_left() -> None:
     assert_within_budget(attention, replace(inputs, alpha=0.0), signal=False)
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("reach", [None, 21])
+def test_gradients_in_fixed_point(reach: int | None, deterministic: None) -> None:
+    case = AttentionCase(
+        name="exact", lengths=(71, 30), num_targets=(6, 0), bias=BiasKind.BOTH, qk_dim=16, v_dim=16, table_reach=reach
+    )
+    assert_within_budget(attention, make_inputs(case, torch.float32), signal=False)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e25, float("inf")])
+def test_the_fixed_point_follows_the_size(size: float, deterministic: None) -> None:
+    """Neither an overflow nor zeros; what is not finite stays so."""
+    inputs = make_inputs(AttentionCase(name="size", lengths=(40, 7), qk_dim=16, v_dim=16), torch.float32)
+    assert inputs.bias is not None and inputs.bias.pos_table is not None
+    gradients = []
+    for factor in (1.0, size):
+        table = inputs.bias.pos_table.clone().requires_grad_()
+        bias = replace(inputs.bias, pos_table=table)
+        out = attention(
+            inputs.q, inputs.k, inputs.v, inputs.layout, inputs.mask, alpha=inputs.alpha, scale=1.0, bias=bias
+        )
+        out.backward(inputs.grad_out * factor)
+        assert table.grad is not None
+        gradients.append(table.grad)
+    one, found = gradients
+    if math.isfinite(size):
+        torch.testing.assert_close(found, one * size, rtol=1e-5, atol=1e-5 * size)
+    else:
+        assert not found.isfinite().any()
+
+
 def test_tables_alone_may_ask_for_gradients() -> None:
     inputs = make_inputs(AttentionCase(name="tables", lengths=(40, 7), qk_dim=16, v_dim=16), torch.float32)
     assert inputs.bias is not None
@@ -159,6 +198,7 @@ def _bias_of_a_block(
         0,
         0,
         own,
+        times_ahead(moving_ptr, index, 0, SIDE, SHAPE),
         moving_ptr,
         0,
         SIDE,

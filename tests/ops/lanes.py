@@ -22,8 +22,9 @@ _TWO = {
     "xor": np.bitwise_xor,
     "max": np.maximum,
     "min": np.minimum,
+    "mul": np.multiply,
 }
-_COMPARE = {"ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal, "neu": np.not_equal}
+_COMPARE = {"le": np.less_equal, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal, "neu": np.not_equal}
 
 
 class Fault(Exception):
@@ -49,9 +50,17 @@ class Warp:
         """``arguments``: for each the values of each element; their operands begin at number ``first``."""
         for number, value in enumerate((x for argument in arguments for x in argument), first):
             self.registers[f"${number}"] = value
-        for line in text.strip("{} ").split(";"):
-            if line.strip() and not line.strip().startswith(".reg"):
-                self._step(line.strip())
+        lines = [line.strip() for line in text.strip("{} ").replace(":", ":;").split(";")]
+        at = 0
+        while at < len(lines):
+            line = lines[at]
+            at += 1
+            if jump := re.match(r"@(\w+) bra.uni (\w+)", line):
+                taken = self._value(jump[1])
+                assert taken.all() or not taken.any(), "lanes part"
+                at = lines.index(f"{jump[2]}:") if taken.all() else at
+            elif line and not line.startswith(".reg") and not line.endswith(":"):
+                self._step(line)
         return self.registers
 
     def _value(self, name: str) -> Lanes:
@@ -59,9 +68,9 @@ class Warp:
             return self.registers[name]
         return np.zeros(32) if name == "0f00000000" else np.full(32, int(name, 0))
 
-    def _place(self, address: str) -> Lanes:
+    def _place(self, address: str, size: int = 4) -> Lanes:
         name, _, offset = address.strip("[]").partition("+")
-        place = (self._value(name) + int(offset or 0) - ORIGIN) // 4
+        place = (self._value(name) + int(offset or 0) - ORIGIN) // size
         if (place < 0).any() or (place >= len(self.memory)).any():
             raise Fault(address)
         return place
@@ -75,7 +84,8 @@ class Warp:
         names = [x.strip() for x in rest.split(",")]
         kind, *parts = name.split(".")
         if kind == "red":
-            np.add.at(self.memory, self._place(names[0])[active], self._value(names[1])[active])
+            size = 8 if parts[-1] == "u64" else 4
+            np.add.at(self.memory, self._place(names[0], size)[active], self._value(names[1])[active])
         elif kind == "setp":
             also = self._value(names[3]) if "and" in parts else np.ones(32, bool)
             found = _COMPARE[parts[0]](self._value(names[1]), self._value(names[2]))
@@ -96,6 +106,10 @@ class Warp:
         values = [self._value(x) for x in names[1:]]
         if kind == "mov":
             return values[0]
+        if kind == "cvt":
+            return np.rint(values[0]).astype(np.int64)
+        if kind == "redux":
+            return np.full(32, _TWO[parts[1]].reduce(values[0]))
         if kind == "mad":
             return values[0] * values[1] + values[2]
         if kind == "selp":

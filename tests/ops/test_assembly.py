@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hstu_kernels.attention.triton.assembly import add_by_threshold, add_diagonals, add_where_equal, diagonal_look_up
+from hstu_kernels.attention.triton.assembly import add_by_bucket, add_by_threshold, add_diagonals, diagonal_look_up
 from tests.ops.lanes import ORIGIN, Fault, Lanes, Warp, share
 
 ROWS, WARPS = 64, 4
@@ -101,11 +101,26 @@ def test_sums_by_threshold(more: int) -> None:
     np.testing.assert_allclose(sums, expected, atol=1e-12)
 
 
-def test_sums_of_one_bucket() -> None:
-    grad, bucket = random(ROWS, 64), np.random.default_rng(3).integers(0, 9, (ROWS, 64))
-    sums = np.zeros(WARPS)
+@pytest.mark.parametrize(("lowest", "highest"), [(0, 0), (5, 8), (3, 12), (0, 40), (17, 128)])
+def test_sums_by_bucket(lowest: int, highest: int) -> None:
+    rng = np.random.default_rng(highest)
+    grad, bucket = random(ROWS, 64), rng.integers(lowest, highest + 1, (ROWS, 64))
+    # One warp meets fewer buckets than the others.
+    bucket[:16] = np.minimum(bucket[:16], lowest + 1)
+    sums, expected = np.zeros((129, WARPS)), np.zeros((129, WARPS))
     for warp in range(WARPS):
-        arguments = share(grad, warp), share(bucket, warp), everywhere(7, 64), everywhere(ORIGIN, 64)
-        Warp(sums, warp).run(add_where_equal(32), 8, *arguments)
-    expected = [strip(grad, warp)[strip(bucket, warp) == 7].sum() for warp in range(WARPS)]
+        arguments = share(grad, warp), share(bucket, warp), everywhere(ORIGIN, 64)
+        Warp(sums.reshape(-1), warp).run(add_by_bucket(32), 8, *arguments)
+        np.add.at(expected[:, warp], strip(bucket, warp), strip(grad, warp))
     np.testing.assert_allclose(sums, expected, atol=1e-12)
+
+
+def test_diagonals_in_fixed_point() -> None:
+    grad, index, sums = random(ROWS, 64), distances(64), np.zeros(1001, np.int64)
+    factor = 2.0**40
+    for warp in range(WARPS):
+        arguments = share(grad, warp), share(index, warp), everywhere(ORIGIN, 64), everywhere(1000, 64)
+        Warp(sums, warp).run(add_diagonals(32, exact=True), 8, *arguments, [np.full(32, factor)] * 32)
+    expected = np.zeros(1001)
+    np.add.at(expected, index, grad)
+    np.testing.assert_allclose(sums / factor, expected, atol=1e-10)

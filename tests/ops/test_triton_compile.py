@@ -39,6 +39,7 @@ TABLES = {
     "key_spans_ptr": "*i64",
     "row_spans_ptr": "*i64",
     "pos_sums_ptr": "*fp32",
+    "pos_factor_ptr": "*fp32",
     "time_sums_ptr": "*fp32",
 }
 DESCRIPTORS = ("k_desc", "v_desc", "q_desc", "dout_desc")
@@ -70,7 +71,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def kernels() -> dict[str, Any]:
-    from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
+    from hstu_kernels.attention.triton.backward_keys import hstu_bwd_dkdv_kernel
+    from hstu_kernels.attention.triton.backward_queries import hstu_bwd_dq_kernel
     from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
     from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
     from hstu_kernels.attention.triton.target import hstu_target_kernel

@@ -111,6 +111,8 @@ def hstu_attention(
 
     Under ``torch.compile`` and ``torch.export`` the call becomes an operator (`hstu_kernels.attention.ops`): numbers
     inside the layout are then not checked, and a ``plan`` is not used, since the operator prepares what it needs.
+    Under `torch.use_deterministic_algorithms` the gradient of the position table repeats its bits on every run with
+    Triton, too; everything else does always.
 
     Raises:
         TypeError, ValueError: inputs do not fit together; the message names the argument.

@@ -22,7 +22,7 @@ def constraints(results: str, count: int, *arguments: str, elements: int) -> str
 
 
 def _block(lines: Sequence[str]) -> str:
-    return "{ " + " ".join(f"{line};" for line in lines) + " }"
+    return "{ " + " ".join(line if line.endswith(":") else f"{line};" for line in lines) + " }"
 
 
 def _registers(kind: str, names: Sequence[str]) -> str:
@@ -67,8 +67,10 @@ def diagonal_look_up(elements: int, step: int) -> str:
     return _block(lines)
 
 
-def add_diagonals(elements: int) -> str:
-    """Add the sum of each diagonal to its entry: ``(grad, index, sums, last)``; results say nothing.
+def add_diagonals(elements: int, *, exact: bool = False) -> str:
+    """Add the sum of each diagonal to its float32 entry: ``(grad, index, sums, last)``; results say nothing.
+
+    ``exact``: to int64 entries, times a float32 factor that is the last argument: sums that know no order.
 
     ``index``: entries of the elements, growing from column to column; beyond 0 and ``last`` stand those two.
     Eight rows of a warp are added up in three exchanges; each lane is left with a few diagonals that lie 8 apart.
@@ -77,7 +79,7 @@ def add_diagonals(elements: int) -> str:
     results = elements // 4
     grad = _operands(results, elements)
     index = _operands(results + elements, elements)
-    sums, last = results + 2 * elements, results + 3 * elements
+    sums, last, factor = (results + place * elements for place in (2, 3, 4))
     span = columns + 2
     half = (span + 1) // 2
     quarter = (half + 1) // 2
@@ -85,7 +87,7 @@ def add_diagonals(elements: int) -> str:
     wide += [f"{kind}{n}" for kind in ("w", "u", "v") for n in range(span)]
     lines = [
         _registers("b32", ["lane", "g", "t", "x", "y", "bad", "base", "at", "r1", "r2", "r3"]),
-        _registers("b64", ["table", "z", "a"]),
+        _registers("b64", ["table", "z", "a", "whole"]),
         _registers("pred", ["p", "q", "late", "upper"]),
         _registers("f32", [*wide, "s", "r"]),
         "mov.u32 lane, %laneid",
@@ -126,8 +128,11 @@ def add_diagonals(elements: int) -> str:
     lines += [f"selp.b32 x, {8 * quarter}, 0, upper", "add.s32 at, at, x"]
     for k in range(quarter):
         lines += [f"add.s32 x, at, {8 * k}", "max.s32 x, x, 0", f"min.s32 x, x, ${last}"]
-        lines += ["mad.wide.s32 a, x, 4, table", f"setp.neu.f32 q, v{k}, 0f00000000"]
-        lines += [f"@q red.global.add.f32 [a], v{k}"]
+        lines += [f"mad.wide.s32 a, x, {8 if exact else 4}, table", f"setp.neu.f32 q, v{k}, 0f00000000"]
+        if exact:
+            lines += [f"mul.f32 s, v{k}, ${factor}", "cvt.rni.s64.f32 whole, s", "@q red.global.add.u64 [a], whole"]
+        else:
+            lines += [f"@q red.global.add.f32 [a], v{k}"]
     lines += [f"mov.b32 ${n}, 0" for n in range(results)]
     return _block(lines)
 
@@ -177,17 +182,44 @@ def add_by_threshold(elements: int, more: int) -> str:
     return _block(lines + _add_over_warp(more + 1, sums) + [f"mov.b32 ${n}, 0" for n in range(results)])
 
 
-def add_where_equal(elements: int) -> str:
-    """Add ``grad`` where ``bucket`` equals ``wanted`` to ``sums[warp]``: ``(grad, bucket, wanted, sums)``."""
+def add_by_bucket(elements: int) -> str:
+    """Add sums by bucket to ``sums[bucket * warps + warp]``: ``(grad, bucket, sums)``; results say nothing.
+
+    Each warp goes through the buckets between its own lowest and highest, four at a time, and adds up in one order.
+    """
     results = elements // 4
     grad, bucket = _operands(results, elements), _operands(results + elements, elements)
-    wanted, sums = results + 2 * elements, results + 3 * elements
-    lines = [".reg .pred p", _registers("f32", [f"s0_{part}" for part in range(4)] + ["r"])]
-    lines += [f"mov.b32 s0_{part}, 0f00000000" for part in range(4)]
+    sums = results + 2 * elements
+    names = ["low", "high", "lane", "warp", "warps", "x", "c0", "c1", "c2", "c3"]
+    lines = [_registers("b32", names), _registers("pred", ["p0", "p1", "p2", "p3", "late", "upper", "writes", "more"])]
+    lines += [_registers("f32", ["s0", "s1", "s2", "s3", "r", "s", "t"]), _registers("b64", ["a"])]
+    lines += [f"min.s32 low, ${bucket[0]}, ${bucket[1]}", f"max.s32 high, ${bucket[0]}, ${bucket[1]}"]
+    for index in bucket[2:]:
+        lines += [f"min.s32 low, low, ${index}", f"max.s32 high, high, ${index}"]
+    lines += [f"redux.sync.min.s32 low, low, {_WARP}", f"redux.sync.max.s32 high, high, {_WARP}"]
+    lines += ["mov.u32 lane, %laneid", "mov.u32 warp, %tid.x", "shr.u32 warp, warp, 5", "mov.u32 warps, %ntid.x"]
+    lines += ["shr.u32 warps, warps, 5", "and.b32 x, lane, 16", "setp.ne.b32 late, x, 0"]
+    lines += ["and.b32 x, lane, 8", "setp.ne.b32 upper, x, 0", "and.b32 x, lane, 7", "setp.eq.b32 writes, x, 0"]
+    # From here on lane: which of four buckets this lane is left with.
+    lines += ["shr.u32 lane, lane, 3", "mov.b32 c0, low"]
+    lines += ["AGAIN:"]
+    for i in range(1, 4):
+        lines.append(f"add.s32 c{i}, c0, {i}")
+    lines += [f"mov.b32 s{i}, 0f00000000" for i in range(4)]
     for element in range(elements):
-        lines += [f"setp.eq.s32 p, ${bucket[element]}, ${wanted}"]
-        lines += [f"@p add.f32 s0_{element & 3}, s0_{element & 3}, ${grad[element]}"]
-    return _block(lines + _add_over_warp(1, sums) + [f"mov.b32 ${n}, 0" for n in range(results)])
+        lines += [f"setp.eq.s32 p{i}, ${bucket[element]}, c{i}" for i in range(4)]
+        lines += [f"@p{i} add.f32 s{i}, s{i}, ${grad[element]}" for i in range(4)]
+    for kept, sent in (("s0", "s2"), ("s1", "s3")):
+        lines += [f"selp.f32 s, {kept}, {sent}, late", f"shfl.sync.bfly.b32 r, s, 16, 31, {_WARP}"]
+        lines += [f"selp.f32 s, {sent}, {kept}, late", f"add.f32 {kept}, s, r"]
+    lines += ["selp.f32 s, s0, s1, upper", f"shfl.sync.bfly.b32 r, s, 8, 31, {_WARP}"]
+    lines += ["selp.f32 s, s1, s0, upper", "add.f32 t, s, r"]
+    for distance in (4, 2, 1):
+        lines += [f"shfl.sync.bfly.b32 r, t, {distance}, 31, {_WARP}", "add.f32 t, t, r"]
+    lines += ["add.s32 x, c0, lane", "mad.lo.s32 x, x, warps, warp", f"mad.wide.s32 a, x, 4, ${sums}"]
+    lines += ["setp.neu.and.f32 p0, t, 0f00000000, writes", "@p0 red.global.add.f32 [a], t"]
+    lines += ["add.s32 c0, c0, 4", "setp.le.s32 more, c0, high", "@more bra.uni AGAIN"]
+    return _block(lines + [f"mov.b32 ${n}, 0" for n in range(results)])
 
 
 def _add_over_warp(count: int, sums: int) -> list[str]:

@@ -1,7 +1,8 @@
 """The backward kernel of the time table for blocks that span many time buckets, that is blocks near the diagonal.
 
-`hstu_bwd_dq_kernel` does the others. Such a block takes a pass for each of its buckets, so the heads, which share the
-table, are added up first: a program owns a query tile and rebuilds the gradient of the logits head by head.
+`hstu_bwd_dq_kernel` does the others, and these too where its warps have sums of their own, on Hopper. Elsewhere such a
+block takes a pass of the whole program for each of its buckets, so the heads, which share the table, are added up
+first: a program owns a query tile and rebuilds the gradient of the logits head by head.
 """
 
 import triton
@@ -17,22 +18,17 @@ from hstu_kernels.attention.triton.primitives import (
     visible,
 )
 from hstu_kernels.attention.triton.rab import block_bias, bucket_range, general_bucket, load_span, own_span
-from hstu_kernels.attention.triton.rab_grad import add_bucket_by_warp
 
 
 @triton.jit
-def _add_by_time(sums, sums_ptr, grad, seen, bucket, SHAPE: tl.constexpr, ENTRIES: tl.constexpr):
-    """``sums [ENTRIES]`` plus ``grad [M, N]`` reduced by time bucket, or each warp adds to those at ``sums_ptr``."""
+def _add_by_time(sums, grad, seen, bucket, ENTRIES: tl.constexpr):
+    """``sums [ENTRIES]`` plus ``grad [M, N]`` reduced by time bucket."""
     lowest = tl.min(tl.where(seen, bucket, ENTRIES))
     highest = tl.max(tl.where(seen, bucket, -1))
-    if SHAPE.sums_by_warp:
-        for b in range(lowest, highest + 1):
-            add_bucket_by_warp(grad, bucket, b, sums_ptr, SHAPE)
-    else:
-        entry = tl.arange(0, ENTRIES)
-        for b in range(lowest, highest + 1):
-            total = tl.sum(tl.where(bucket == b, grad, 0.0))
-            sums += tl.where(entry == b, total, 0.0)
+    entry = tl.arange(0, ENTRIES)
+    for b in range(lowest, highest + 1):
+        total = tl.sum(tl.where(bucket == b, grad, 0.0))
+        sums += tl.where(entry == b, total, 0.0)
     return sums
 
 
@@ -90,10 +86,7 @@ def hstu_bwd_bias_kernel(
     MASK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """The time table's gradient without the factor ``scale``: ``time_sums [tiles, ENTRIES]``, a line a program.
-
-    Where `sums_by_warp`, ``[tiles, ENTRIES, warps]``, filled with 0.
-    """
+    """The time table's gradient without the factor ``scale``: ``time_sums [tiles, ENTRIES]``, a line a program."""
     BLOCK_M: tl.constexpr = SHAPE.block_m
     BLOCK_N: tl.constexpr = SHAPE.block_n
     V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
@@ -107,12 +100,7 @@ def hstu_bwd_bias_kernel(
     rows = row_begin + tl.arange(0, BLOCK_M)
     row_times = load_times(row_times_ptr, seq_start, rows, seq_len, SHAPE)
     row_low, row_high = own_span(row_times, SHAPE)
-    if SHAPE.sums_by_warp:
-        time_sums = tl.zeros([1], tl.float32)
-        time_sums_ptr += program.to(tl.int64) * (ENTRIES * SHAPE.warps)
-    else:
-        time_sums = tl.zeros([ENTRIES], tl.float32)
-        time_sums_ptr += program.to(tl.int64) * ENTRIES
+    time_sums = tl.zeros([ENTRIES], tl.float32)
     o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, _n5, _o6, n6 = load_segments(line)
     for i in range(n6):
         begin, _ = key_block(i, o0, n0, o1, n1, o2, n2, o3, n3, o4, n4, o5, SHAPE, MASK)
@@ -126,6 +114,7 @@ def hstu_bwd_bias_kernel(
                 row_begin,
                 begin,
                 row_times,
+                key_times,
                 key_times_ptr,
                 seq_start,
                 seq_len,
@@ -165,6 +154,5 @@ def hstu_bwd_bias_kernel(
                 row_times[:, None], key_times[None, :], row_low, row_high, key_low, key_high, bounds_ptr, SHAPE
             )
             grad = tl.where(seen, grad, 0.0)
-            time_sums = _add_by_time(time_sums, time_sums_ptr, grad, seen, bucket, SHAPE, ENTRIES)
-    if not SHAPE.sums_by_warp:
-        tl.store(time_sums_ptr + tl.arange(0, ENTRIES), time_sums)
+            time_sums = _add_by_time(time_sums, grad, seen, bucket, ENTRIES)
+    tl.store(time_sums_ptr + program.to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES), time_sums)

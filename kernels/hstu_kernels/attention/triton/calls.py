@@ -18,7 +18,8 @@ from hstu_kernels.attention.triton.arguments import (
     same_bits,
     shape_of,
 )
-from hstu_kernels.attention.triton.backward import hstu_bwd_dkdv_kernel, hstu_bwd_dq_kernel
+from hstu_kernels.attention.triton.backward_keys import hstu_bwd_dkdv_kernel
+from hstu_kernels.attention.triton.backward_queries import hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
 from hstu_kernels.attention.triton.hopper_launch import HopperForward, hopper_forward
@@ -129,18 +130,17 @@ class Call:
         lines = -(-lines // GROUP) * GROUP
         return torch.zeros(lines, entries, warps, dtype=torch.float32, device=self.inputs[0].device)
 
-    def adds_by_warp(self, tiles: TileSet) -> bool:
-        """Whether both kernels of the time table's gradient add to sums of one shape."""
-        first, second = (shape_of(self._kit.facts, tile, False) for tile in (tiles.dq, tiles.bias))
-        return first.sums_by_warp and second.sums_by_warp and first.warps == second.warps
+    def adds_by_warp(self, tile: Tile) -> bool:
+        """Whether the warps of dq add to sums of their own, and so take every block."""
+        return shape_of(self._kit.facts, tile, False).sums_by_warp
 
-    def job(self, role: str, tile: Tile, entries: int = 0, with_positions: bool = False) -> Job:
+    def job(self, role: str, tile: Tile, entries: int = 0, positions: torch.dtype | None = None) -> Job:
         """The kernel of ``role`` for this kind of call.
 
         Args:
-            entries: columns of the partial sums of the time table, 0 without. with_positions: of the other table, too.
+            entries: columns of the partial sums of the time table, 0 without. positions: dtype of those of the other.
         """
-        key = (role, entries, with_positions)
+        key = (role, entries, positions)
         job: Job | None = self._kit.jobs.get(key)
         if job is None or job.tile is not tile:
             job = self._kit.jobs[key] = Job(self._plan, self._kit, role, tile, entries)
@@ -205,7 +205,7 @@ class _Kit:
         self.numbers = (*strides, self.alpha, float(scale))
         self.tiles = _tiles_of(q, v, plan, biased=pos_table is not None or time_table is not None)
         self.facts = facts_of(q, v, plan.layout.contextual_seq_len, pos_table, time_table)
-        self.jobs: dict[tuple[str, int, bool], Job] = {}
+        self.jobs: dict[tuple[str, int, torch.dtype | None], Job] = {}
         self.hopper: HopperForward | None = None
         if pos_table is None and time_table is None and self.rows:
             self.hopper = hopper_forward(*fitted, plan, self.alpha, float(scale))

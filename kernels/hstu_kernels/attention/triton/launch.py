@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from hstu_kernels.attention.triton.arguments import Tables
 from hstu_kernels.attention.triton.calls import GROUP, POSITION_COPIES, Call, divide
+from hstu_kernels.attention.triton.exact import fixed_point
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import TileSet
 from hstu_kernels.bias import RelativeBias
@@ -109,6 +110,9 @@ def triton_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and the two tables, outside autograd; ``None`` where ``needed`` says no.
 
+    Under `torch.use_deterministic_algorithms` the bits of all of them repeat (`exact`); otherwise of all but that of
+    the position table, to which programs add in the order in which they come.
+
     ``into``: where those of q, k and v go, if all of them are needed: ``[L, H, D]``, with rows of one stride (that of
     columns of one matrix) and contiguous heads.
     """
@@ -117,23 +121,13 @@ def triton_backward(
     divided = divide(pos_table, time_table, alpha) if divided is None else divided
     call = Call(q, k, v, pos_table, time_table, plan, alpha, scale, divided, tiles, grad, into)
     tiles = call.tiles
-    dq = dk = dv = None
-    pos_sums = time_sums = late_sums = None
-    if need_pos and pos_table is not None:
-        pos_sums = torch.zeros(POSITION_COPIES, pos_table.numel(), dtype=torch.float32, device=q.device)
-    if need_time and time_table is not None:
-        time_sums = call.time_sums(tiles.dq, call.heads)
-        # Warps add to what is there, so that one kernel goes on where the other ended.
-        late_sums = time_sums if call.adds_by_warp(tiles) else call.time_sums(tiles.bias, 1)
+    dq = dk = dv = dpos = dtime = None
     if need_q or need_pos or need_time:
         dq = torch.empty_like(q, memory_format=torch.contiguous_format) if into is None else into[0]
-        if call.rows:
-            entries = 0 if time_sums is None else time_sums.shape[1]
-            job = call.job("dq", tiles.dq, entries, pos_sums is not None)
-            partial = job.sums(q)
-            call.launch(job, (grad, dq, partial), call.inputs[1:], (pos_sums, time_sums))
-            if partial is not None:
-                job.join(dq, partial, call.alpha * scale)
+        # The sums of the tables are gone before dk and dv take memory.
+        dpos, dtime = _backward_of_queries(
+            call, grad, dq, pos_table if need_pos else None, time_table if need_time else None, plan, scale
+        )
     if need_k or need_v:
         dk = torch.empty_like(k, memory_format=torch.contiguous_format) if into is None else into[1]
         dv = torch.empty_like(v, memory_format=torch.contiguous_format) if into is None else into[2]
@@ -145,20 +139,51 @@ def triton_backward(
             if partial is not None and partial_v is not None:
                 job.join(dk, partial, call.alpha * scale)
                 job.join(dv, partial_v, scale)
-    if late_sums is not None and call.rows:
-        call.launch(call.job("bias", tiles.bias, late_sums.shape[1]), (grad, late_sums))
     if call.vanishes and dq is not None:
         dq.zero_()
+    return dq if need_q else None, dk, dv, dpos, dtime
+
+
+def _backward_of_queries(
+    call: Call,
+    grad: Tensor,
+    dq: Tensor,
+    pos_table: Tensor | None,
+    time_table: Tensor | None,
+    plan: TritonPlan,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write ``dq``; the gradients of the tables that are given."""
+    q, _, v = call.inputs
+    tiles = call.tiles
+    pos_sums = factor = time_sums = late_sums = None
+    if pos_table is not None:
+        if torch.are_deterministic_algorithms_enabled():
+            factor = fixed_point(grad, v, plan.layout.seq_offsets)
+        dtype = torch.float32 if factor is None else torch.int64
+        pos_sums = torch.zeros(POSITION_COPIES, pos_table.numel(), dtype=dtype, device=q.device)
+    if time_table is not None:
+        time_sums = call.time_sums(tiles.dq, call.heads)
+    if call.rows:
+        entries = 0 if time_sums is None else time_sums.shape[1]
+        job = call.job("dq", tiles.dq, entries, None if pos_sums is None else pos_sums.dtype)
+        partial = job.sums(q)
+        call.launch(job, (grad, dq, partial), call.inputs[1:], (pos_sums, factor, time_sums))
+        if partial is not None:
+            job.join(dq, partial, call.alpha * scale)
+        if time_sums is not None and not call.adds_by_warp(tiles.dq):
+            late_sums = call.time_sums(tiles.bias, 1)
+            call.launch(call.job("bias", tiles.bias, late_sums.shape[1]), (grad, late_sums))
     dpos = dtime = None
     if pos_sums is not None and pos_table is not None:
-        dpos = (added_up(pos_sums) * scale).to(pos_table.dtype)
-    if time_sums is not None and late_sums is not None and time_table is not None:
+        total = added_up(pos_sums) if factor is None else pos_sums.sum(0) / factor.double()
+        dpos = (total * scale).to(pos_table.dtype)
+    if time_sums is not None and time_table is not None:
         total = added_up(time_sums)
-        if late_sums is not time_sums:
+        if late_sums is not None:
             total = total + added_up(late_sums)
-        total = total.sum(1)[: time_table.numel()]
-        dtime = (total * scale).to(time_table.dtype)
-    return dq if need_q else None, dk, dv, dpos, dtime
+        dtime = (total.sum(1)[: time_table.numel()] * scale).to(time_table.dtype)
+    return dpos, dtime
 
 
 def added_up(sums: Tensor) -> Tensor:

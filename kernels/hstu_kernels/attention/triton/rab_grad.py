@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from hstu_kernels.attention.triton.assembly import add_by_threshold, add_diagonals, add_where_equal, constraints
-from hstu_kernels.attention.triton.rab import bucket_range, threshold, times_of
+from hstu_kernels.attention.triton.assembly import add_by_bucket, add_by_threshold, add_diagonals, constraints
+from hstu_kernels.attention.triton.rab import bucket_range, general_bucket, threshold, times_of
 
 # Sums of a thread's 32 elements of a block: what they add to comes last.
 _ONE_CLASS = tl.constexpr(add_by_threshold(32, 0))
@@ -13,18 +13,21 @@ _TWO_CLASSES = tl.constexpr(add_by_threshold(32, 1))
 _TWO_CLASSES_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "r", "r", "l", elements=32))
 _FOUR_CLASSES = tl.constexpr(add_by_threshold(32, 3))
 _FOUR_CLASSES_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "r", "r", "r", "r", "l", elements=32))
-_WHERE_EQUAL = tl.constexpr(add_where_equal(32))
-_WHERE_EQUAL_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "r", "l", elements=32))
+_BY_BUCKET = tl.constexpr(add_by_bucket(32))
+_BY_BUCKET_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "l", elements=32))
 _DIAGONALS = tl.constexpr(add_diagonals(32))
 _DIAGONALS_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "l", "r", elements=32))
+_EXACT_DIAGONALS = tl.constexpr(add_diagonals(32, exact=True))
+_EXACT_DIAGONALS_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "l", "r", "f", elements=32))
 
 
 @triton.jit
-def _add_few_by_warp(
+def _add_times_by_warp(
     grad,
     rows,
     cols,
     row_times,
+    ahead,
     key_times_ptr,
     seq_start,
     seq_len,
@@ -36,13 +39,13 @@ def _add_few_by_warp(
     sums_ptr,
     SHAPE: tl.constexpr,
 ):
-    """`add_few_times` to ``sums [entries, warps]``, a column a warp."""
+    """`add_times` to ``sums [entries, warps]``, a column a warp, of every block."""
     lowest, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
     sums = (sums_ptr + lowest * SHAPE.warps).to(tl.int64, bitcast=True)
     if more == 0:
         tl.inline_asm_elementwise(_ONE_CLASS, _ONE_CLASS_OPERANDS, [grad, sums], dtype=tl.int8, is_pure=False, pack=32)
     elif more <= SHAPE.few_buckets:
-        asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+        asked, known = times_of(row_times, ahead, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
         row, key = (asked - key_low).to(tl.int32), (known - key_low).to(tl.int32)
         farthest = row_high - key_low
         first = threshold(bounds_ptr, lowest, farthest, SHAPE)
@@ -67,15 +70,17 @@ def _add_few_by_warp(
                 is_pure=False,
                 pack=32,
             )
-
-
-@triton.jit
-def add_bucket_by_warp(grad, bucket, wanted, sums_ptr, SHAPE: tl.constexpr):
-    """Add ``grad`` where ``bucket`` is ``wanted`` to ``sums [entries, warps]``, a column a warp."""
-    sums = (sums_ptr + wanted * SHAPE.warps).to(tl.int64, bitcast=True)
-    tl.inline_asm_elementwise(
-        _WHERE_EQUAL, _WHERE_EQUAL_OPERANDS, [grad, bucket, wanted, sums], dtype=tl.int8, is_pure=False, pack=32
-    )
+    else:
+        asked, known = times_of(row_times, ahead, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+        bucket = general_bucket(asked, known, row_low, row_high, key_low, key_high, bounds_ptr, SHAPE)
+        tl.inline_asm_elementwise(
+            _BY_BUCKET,
+            _BY_BUCKET_OPERANDS,
+            [grad, bucket, sums_ptr.to(tl.int64, bitcast=True)],
+            dtype=tl.int8,
+            is_pure=False,
+            pack=32,
+        )
 
 
 @triton.jit
@@ -108,13 +113,14 @@ def _add_few(
 
 
 @triton.jit
-def add_few_times(
+def add_times(
     sums,
     sums_ptr,
     grad,
     rows,
     cols,
     row_times,
+    ahead,
     key_times_ptr,
     seq_start,
     seq_len,
@@ -128,15 +134,16 @@ def add_few_times(
 ):
     """``sums [ENTRIES]`` plus ``grad`` by time bucket, of a block that spans few; otherwise ``sums`` as they are.
 
-    Where warps have sums of their own, ``sums_ptr`` points at them, and ``sums`` stay.
+    Where warps have sums of their own, ``sums_ptr`` points at them, any block is added there, and ``sums`` stay.
     """
     FEW: tl.constexpr = SHAPE.few_buckets
     if SHAPE.sums_by_warp:
-        _add_few_by_warp(
+        _add_times_by_warp(
             grad,
             rows,
             cols,
             row_times,
+            ahead,
             key_times_ptr,
             seq_start,
             seq_len,
@@ -153,7 +160,7 @@ def add_few_times(
         if more == 0:
             sums += tl.where(tl.arange(0, ENTRIES) == lowest, tl.sum(tl.sum(grad, 1), 0), 0.0)
         elif more <= FEW:
-            asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+            asked, known = times_of(row_times, ahead, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
             if more == 1:
                 sums = _add_few(sums, grad, asked, known, row_high, key_low, lowest, bounds_ptr, SHAPE, ENTRIES, 1)
             else:
@@ -162,32 +169,55 @@ def add_few_times(
 
 
 @triton.jit
-def add_positions(sums_ptr, grad, rows, cols, row_begin, key_begin, history_end, SHAPE: tl.constexpr):
-    """Add ``grad`` to the position entries at ``sums_ptr``: one atomic for each diagonal of a warp, or of a square."""
+def add_positions(sums_ptr, factor_ptr, grad, rows, cols, row_begin, key_begin, history_end, SHAPE: tl.constexpr):
+    """Add ``grad`` to the position entries at ``sums_ptr``: one atomic for each diagonal of a warp, or of a square.
+
+    With ``factor_ptr``, a float32, the entries are int64 and hold so many times as much: their bits repeat.
+    """
     BLOCK_M: tl.constexpr = SHAPE.block_m
     REACH: tl.constexpr = SHAPE.reach
     # Targets all stand at the history end: none of them lies on a diagonal.
     of_history = tl.where(rows[:, None] < history_end, grad, 0.0)
     if SHAPE.sums_by_warp:
-        tl.inline_asm_elementwise(
-            _DIAGONALS,
-            _DIAGONALS_OPERANDS,
-            [of_history, (cols[None, :] + REACH) - rows[:, None], sums_ptr.to(tl.int64, bitcast=True), 2 * REACH],
-            dtype=tl.int8,
-            is_pure=False,
-            pack=32,
-        )
+        index = (cols[None, :] + REACH) - rows[:, None]
+        sums = sums_ptr.to(tl.int64, bitcast=True)
+        if factor_ptr is not None:
+            tl.inline_asm_elementwise(
+                _EXACT_DIAGONALS,
+                _EXACT_DIAGONALS_OPERANDS,
+                [of_history, index, sums, 2 * REACH, tl.load(factor_ptr)],
+                dtype=tl.int8,
+                is_pure=False,
+                pack=32,
+            )
+        else:
+            tl.inline_asm_elementwise(
+                _DIAGONALS,
+                _DIAGONALS_OPERANDS,
+                [of_history, index, sums, 2 * REACH],
+                dtype=tl.int8,
+                is_pure=False,
+                pack=32,
+            )
     else:
-        _add_squares(sums_ptr, of_history, row_begin, key_begin, SHAPE)
+        _add_squares(sums_ptr, factor_ptr, of_history, row_begin, key_begin, SHAPE)
     if row_begin + BLOCK_M > history_end:
         # Their own keys stand there, too.
         by_key = tl.sum(tl.where(rows[:, None] >= history_end, grad, 0.0), 0)
         to_target = tl.minimum(cols, history_end) - history_end
-        tl.atomic_add(sums_ptr + tl.maximum(to_target, -REACH) + REACH, by_key, sem="relaxed")
+        _add_to_entries(sums_ptr + tl.maximum(to_target, -REACH) + REACH, factor_ptr, by_key)
 
 
 @triton.jit
-def _add_squares(sums_ptr, of_history, row_begin, key_begin, SHAPE: tl.constexpr):
+def _add_to_entries(ptrs, factor_ptr, value):
+    if factor_ptr is not None:
+        tl.atomic_add(ptrs, (value * tl.load(factor_ptr)).to(tl.int64), sem="relaxed")
+    else:
+        tl.atomic_add(ptrs, value, sem="relaxed")
+
+
+@triton.jit
+def _add_squares(sums_ptr, factor_ptr, of_history, row_begin, key_begin, SHAPE: tl.constexpr):
     """The sums of the diagonals of ``of_history [M, N]``, square by square.
 
     Row ``r`` of a square turns left by ``r``: a column then holds two diagonals, one from before and one from behind
@@ -207,6 +237,6 @@ def _add_squares(sums_ptr, of_history, row_begin, key_begin, SHAPE: tl.constexpr
     behind = tl.sum(tl.where(straight, 0.0, turned), 1)
     distance = (key_begin - row_begin) - HEIGHT * tl.arange(0, SQUARES)[:, None] + tl.arange(0, BLOCK_N)[None, :]
     entry = tl.minimum(tl.maximum(distance, -REACH), REACH) + REACH
-    tl.atomic_add(sums_ptr + entry, before, sem="relaxed")
+    _add_to_entries(sums_ptr + entry, factor_ptr, before)
     entry = tl.minimum(tl.maximum(distance - BLOCK_N, -REACH), REACH) + REACH
-    tl.atomic_add(sums_ptr + entry, behind, sem="relaxed")
+    _add_to_entries(sums_ptr + entry, factor_ptr, behind)

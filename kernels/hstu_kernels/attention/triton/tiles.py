@@ -57,6 +57,7 @@ class KernelShape:
         warps: of a program on Hopper, whose products of two bytes leave 16 rows to each; 0 elsewhere.
         few_buckets: a block whose times span at most that many thresholds compares with each of them.
         grad_stride: of the rows of dq, dk and dv, which may be columns of one wider matrix; 0: contiguous.
+        times_ahead: the pipeline fetches the times of every block ahead; otherwise a block that needs them reads them.
     """
 
     heads: int
@@ -77,6 +78,7 @@ class KernelShape:
     warps: int = 0
     few_buckets: int = 3
     grad_stride: int = 0
+    times_ahead: bool = False
 
     @property
     def sums_by_warp(self) -> bool:
