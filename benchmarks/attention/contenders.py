@@ -22,6 +22,8 @@ from hstu_kernels import JaggedLayout, LayerKV, hstu_attention, hstu_target_atte
 _DENSE_BYTES = 30 * 2**30
 # Some public kernels sum a gradient in bfloat16, over hundreds of tiles of a long sequence.
 _PEER_TOLERANCE = 0.05
+# Rows of memory behind those of a public kernel's inputs.
+_ROOM = 512
 
 
 class Result(Enum):
@@ -165,11 +167,20 @@ def _dense(batch: Batch, name: str, attend: Callable[..., Tensor]) -> Bound:
     return Bound(name, attend, inputs, [padded(c.grad_out, layout) for c in copies], Result.PADDED)
 
 
+def _with_room(x: Tensor) -> Tensor:
+    """A copy with memory of its own behind the last row: public kernels read there and may lose the device."""
+    room = torch.zeros(x.shape[0] + _ROOM, *x.shape[1:], dtype=x.dtype, device=x.device)
+    room[: x.shape[0]] = x.detach()
+    return room[: x.shape[0]].requires_grad_(x.requires_grad)
+
+
 def _peer(name: str, make: Callable[[Batch], Callable[..., Tensor]]) -> Binder:
     def bind(batch: Batch) -> Bound:
         if batch.bias is not None:
             raise Unavailable("takes no tables")
-        return replace(_bound(batch, name, make(batch)), tolerance=_PEER_TOLERANCE)
+        bound = replace(_bound(batch, name, make(batch)), tolerance=_PEER_TOLERANCE)
+        inputs = [tuple(_with_room(x) for x in leaves) for leaves in bound.inputs]
+        return replace(bound, inputs=inputs, grads=[_with_room(grad) for grad in bound.grads])
 
     return bind
 

@@ -28,13 +28,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def compiled(dtype: torch.dtype, width: int) -> Any:
+def compiled(dtype: torch.dtype, width: int, tile: hopper.HopperTile) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from hstu_kernels.attention.triton.hopper_forward import hopper_fwd_kernel
 
-    tile = hopper.TILES[width]
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     signature = {"out_ptr": f"*{name}", "work_ptr": "*i64"}
     for argument, rows in (("q_desc", 64), ("k_desc", tile.block_n), ("v_desc", tile.block_n)):
@@ -54,10 +53,12 @@ def compiled(dtype: torch.dtype, width: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
-@pytest.mark.parametrize("width", hopper.TILES)
+@pytest.mark.parametrize(("width", "tile"), [(w, t) for w, tiles in hopper.TILES.items() for t in tiles], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_fetches_by_the_copy_engine_and_fits(dtype: torch.dtype, width: int, tmp_path: Path) -> None:
-    kernel = compiled(dtype, width)
+def test_fetches_by_the_copy_engine_and_fits(
+    dtype: torch.dtype, width: int, tile: hopper.HopperTile, tmp_path: Path
+) -> None:
+    kernel = compiled(dtype, width, tile)
     code = kernel.asm["ptx"]
     # q twice, k and v, 64 columns at a time.
     assert code.count("cp.async.bulk.tensor") == 4 * width // 64
@@ -79,9 +80,10 @@ def test_fetches_by_the_copy_engine_and_fits(dtype: torch.dtype, width: int, tmp
     assert int(used["REG"]) <= 168
 
 
-def test_rows_of_another_sequence_are_cleared_before_the_copy_engine_may_write_again() -> None:
+@pytest.mark.parametrize("tile", hopper.TILES[128], ids=str)
+def test_rows_of_another_sequence_are_cleared_before_the_copy_engine_may_write_again(tile: hopper.HopperTile) -> None:
     """What a thread wrote to shared memory: a fence, then all warps of the group, then the product."""
-    code = compiled(torch.bfloat16, 128).asm["ptx"]
+    code = compiled(torch.bfloat16, 128, tile).asm["ptx"]
     same_stretch = r"(?:(?!wgmma\.mma).)*?"
     pattern = rf"st\.shared{same_stretch}fence\.proxy\.async{same_stretch}bar\.sync"
     after = [code[found.end() :] for found in re.finditer(pattern, code, flags=re.DOTALL)]

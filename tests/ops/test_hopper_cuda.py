@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ def short_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of any length take the kernel."""
     from hstu_kernels.attention.triton import hopper_launch as hopper
 
-    tiles = {width: replace(tile, least=0) for width, tile in hopper.TILES.items()}
+    tiles = {width: tuple(replace(tile, least=0) for tile in of_width) for width, of_width in hopper.TILES.items()}
     monkeypatch.setattr(hopper, "TILES", tiles)
 
 
@@ -51,13 +52,15 @@ def random_rows(rows: int, heads: int, dtype: torch.dtype, seed: int) -> tuple[T
     return found[0], found[1], found[2]
 
 
-def ours(x: tuple[Tensor, ...], plan: TritonPlan, out: Tensor | None = None, programs: int | None = None) -> Tensor:
-    """By this kernel; a call that it does not take fails."""
+def ours(
+    x: tuple[Tensor, ...], plan: TritonPlan, out: Tensor | None = None, programs: int | None = None, tile: int = 0
+) -> Tensor:
+    """By this kernel, with the tile of that index; a call that it does not take fails."""
     from hstu_kernels.attention.triton.hopper_launch import TILES, HopperForward
 
     q, k, v = x
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
-    kernel = HopperForward(q, plan, TILES[128], 128**-0.5, 0.01, programs)
+    kernel = HopperForward(q, plan, TILES[128][tile], 128**-0.5, 0.01, programs)
     assert kernel.launch((q, k, v), out, direct=False)
     return out
 
@@ -98,8 +101,8 @@ def test_gives_the_bits_of_the_other_kernel(dtype: torch.dtype) -> None:
         lengths = tuple(rng.choice((0, 1 + rng.randrange(90), 64 * rng.randrange(1, 9), 1500)) for _ in range(9))
         x, plan = random_rows(sum(lengths), 2, dtype, seed), planned(lengths)
         expected = theirs(x, plan)
-        for programs in (None, 1, 7, 10_000):
-            assert torch.equal(ours(x, plan, programs=programs), expected), (lengths, programs)
+        for tile, programs in itertools.product(range(2), (None, 1, 7, 10_000)):
+            assert torch.equal(ours(x, plan, programs=programs, tile=tile), expected), (lengths, programs, tile)
 
 
 def test_a_call_repeats_its_bits_whatever_ran_before() -> None:
@@ -109,18 +112,19 @@ def test_a_call_repeats_its_bits_whatever_ran_before() -> None:
     y = random_rows(8192, 2, torch.bfloat16, 1)
     first, second = ours(x, plan), ours(y, other)
     assert torch.equal(first, theirs(x, plan))
-    for _ in range(20):
-        assert torch.equal(ours(x, plan), first)
-        assert torch.equal(ours(y, other), second)
+    for turn in range(20):
+        assert torch.equal(ours(x, plan, tile=turn % 2), first)
+        assert torch.equal(ours(y, other, tile=turn % 2), second)
         scaled = (x[0], x[1], x[2] * 2)
         assert torch.equal(ours(scaled, plan), first * 2)
 
 
-def test_no_number_of_a_neighbour_is_seen() -> None:
+@pytest.mark.parametrize("tile", [0, 1])
+def test_no_number_of_a_neighbour_is_seen(tile: int) -> None:
     """Every other sequence full of what is no number."""
     lengths = (70, 100, 128, 129, 64, 300, 1, 257, 190)
     x, plan = random_rows(sum(lengths), 2, torch.bfloat16, 3), planned(lengths)
-    clean = ours(x, plan)
+    clean = ours(x, plan, tile=tile)
     start, kept = 0, []
     for i, length in enumerate(lengths):
         if i % 2:
@@ -129,16 +133,17 @@ def test_no_number_of_a_neighbour_is_seen() -> None:
         else:
             kept.append(slice(start, start + length))
         start += length
-    got = ours(x, plan)
+    got = ours(x, plan, tile=tile)
     for rows in kept:
         assert torch.equal(got[rows], clean[rows])
 
 
-def test_rows_of_no_sequence_are_not_written() -> None:
+@pytest.mark.parametrize("tile", [0, 1])
+def test_rows_of_no_sequence_are_not_written(tile: int) -> None:
     lengths = (0, 100, 65, 0, 129)
     rows = sum(lengths)
     room = torch.full((rows + 300, 2, 128), 7.0, dtype=torch.bfloat16, device="cuda")
-    ours(random_rows(rows, 2, torch.bfloat16, 4), planned(lengths), room[100 : 100 + rows])
+    ours(random_rows(rows, 2, torch.bfloat16, 4), planned(lengths), room[100 : 100 + rows], tile=tile)
     assert bool((room[:100] == 7).all() and (room[100 + rows :] == 7).all())
 
 
@@ -156,9 +161,10 @@ def test_columns_of_one_matrix_and_other_rows_of_heads() -> None:
 
 
 def test_compiled_programs_and_graphs_give_the_same_bits() -> None:
-    lengths = (700, 0, 300)
+    """A compiled program knows no bound on the lengths, whatever the rows: it takes the other kernel."""
+    lengths = (4700, 0, 300)
     layout = JaggedLayout.from_lengths(torch.tensor(lengths, device="cuda"))
-    x = random_rows(1000, 2, torch.bfloat16, 7)
+    x = random_rows(5000, 2, torch.bfloat16, 7)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return hstu_attention(q, k, v, layout, AttentionMask(), alpha=0.1, scale=0.01, backend="triton")
