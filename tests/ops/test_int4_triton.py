@@ -114,7 +114,9 @@ def test_units_of_a_row_share_its_ids_and_its_scale() -> None:
     for words, rows in ((4, 1), (2, 2), (1, 4)):
         kernel = compiled(90, 128, tile=GatherTile(units=512, warps=4, words=words))
         assert kernel.asm["ptx"].count("ld.global") == 4 * rows + 3 * 4
-        assert kernel.metadata.shared == 0
+        if words == 1 or (triton_release() or (0, 0)) < (3, 7):
+            # Triton 3.7 passes several units of a row between threads, 2 KB of them: one reason for one as the default.
+            assert kernel.metadata.shared == 0
 
 
 def counted(code: str, operation: str) -> int:

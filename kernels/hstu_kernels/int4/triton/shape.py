@@ -28,7 +28,7 @@ class GatherTile:
 
     units: int = 512
     warps: int = 4
-    words: int = 4
+    words: int = 1
     registers: int | None = None
     streaming: bool = False
 
