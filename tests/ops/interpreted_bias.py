@@ -1,4 +1,4 @@
-"""The bias inside the Triton kernels; run by `test_triton_interpreter.py`, with TRITON_INTERPRET=1 from its start."""
+"""The bias inside the Triton kernels; run by `test_layer_interpreter.py`, with TRITON_INTERPRET=1 from its start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet
 from hstu_kernels.bias import bucket_boundaries, time_buckets
 from hstu_kernels.testing import AttentionCase, AttentionInputs, BiasKind, assert_within_budget, make_inputs
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_interpreter.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_layer_interpreter.py"
 torch.set_num_threads(1)
 
 SMALL = TileSet(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 1))

@@ -1,4 +1,4 @@
-"""The Triton kernels around the attention in Triton's interpreter; run by `test_triton_interpreter.py`."""
+"""The Triton kernels around the attention in Triton's interpreter; run by `test_layer_interpreter.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hstu_kernels.testing import poisoned_empty
 from hstu_plugin.config import HSTUConfig, Variant
 from hstu_plugin.layer import HSTULayer
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_interpreter.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_layer_interpreter.py"
 torch.set_num_threads(1)
 SEED = torch.tensor([0x1234_5678_9ABC])
 

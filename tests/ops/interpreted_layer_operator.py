@@ -1,4 +1,4 @@
-"""The layer as one operation in Triton's interpreter; run by `test_triton_interpreter.py`."""
+"""The layer as one operation in Triton's interpreter; run by `test_layer_interpreter.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hstu_kernels.projection.triton.product_launch import ProductTile
 from hstu_kernels.testing import poisoned_empty
 from tests.ops.layer_cases import make_leaves, make_options, production, results, whole
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_interpreter.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_layer_interpreter.py"
 torch.set_num_threads(1)
 SEED = torch.tensor([0x1234_5678_9ABC])
 TILE = ProductTile(16, 32, 16, 4, 2)
