@@ -13,15 +13,18 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
-def passes_interpreted(file: str) -> None:
-    """Fail unless all cases of ``file`` pass, and none is skipped."""
+def passes_interpreted(file: str | Path, *, seconds: int = 500) -> None:
+    """Fail unless all cases of ``file`` pass in so many ``seconds``, and none is skipped.
+
+    ``file``: its name in the folder of this module, or its path.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)],
         capture_output=True,
         text=True,
         cwd=FOLDER.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        timeout=500,
+        timeout=seconds,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

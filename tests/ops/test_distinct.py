@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from hstu_kernels import UnsupportedBackend
 from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
 from hstu_kernels.int4.distinct import can_read_host_rows, choose_places, read_host_rows
+from tests.ops.interpreter import passes_interpreted
 
 CASES = Path(__file__).with_name("interpreted_distinct.py")
 needs_triton = pytest.mark.skipif((triton_release() or (0,)) < OLDEST_TRITON, reason="the kernels need Triton 3.4")
@@ -37,18 +35,7 @@ def test_equal_ids_share_a_place_that_holds_them(device: str) -> None:
 @needs_triton
 @pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: run the cases themselves")
 def test_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
-        capture_output=True,
-        text=True,
-        cwd=CASES.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    passes_interpreted(CASES, seconds=300)
 
 
 @needs_triton

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_re
 from hstu_kernels.int4 import PackedRows, RowFormat, gather_rows, pack_rows, unpack_rows
 from hstu_kernels.int4.triton.shape import TILE, GatherTile, gather_shape
 from tests.ops.int4_cases import GATHER_CASES, GatherCase, gather_inputs, gather_oracle
+from tests.ops.interpreter import passes_interpreted
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
@@ -30,18 +28,7 @@ SERVED = [case for case in GATHER_CASES if case.format is not RowFormat.FP8]
 
 
 def test_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
-        capture_output=True,
-        text=True,
-        cwd=CASES.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    passes_interpreted(CASES)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_re
 from hstu_kernels.int4 import AddedRows, PackedRows, RowFormat, gather_rows, pack_rows, unpack_rows
 from hstu_plugin.quantize import quantize
 from hstu_plugin.serving_tables import Placement, ServingTable, Transfer, TransferCounts
+from tests.ops.interpreter import passes_interpreted
 
 DEVICES = [
     "cpu",
@@ -153,18 +151,7 @@ def test_what_goes_beside_the_rows_arrives(device: str, placement: Placement) ->
 @pytest.mark.skipif((triton_release() or (0,)) < OLDEST_TRITON, reason="the kernels need Triton 3.4")
 @pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: run the cases themselves")
 def test_a_device_that_reads_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
-        capture_output=True,
-        text=True,
-        cwd=CASES.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    passes_interpreted(CASES, seconds=300)
 
 
 @both_places
