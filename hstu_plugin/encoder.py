@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from hstu_kernels import AttentionPlan, Backend, LayerKV, next_event_timestamps, plan_attention
-from hstu_kernels.gated_norm.api import resolved_backend
 from hstu_plugin._versions import check_versions
 from hstu_plugin.config import HSTUConfig, RowTime
 from hstu_plugin.layer import HSTULayer
@@ -128,7 +127,7 @@ class HSTUEncoder(nn.Module):
             raise ValueError(f"cache: expected one entry for each of {len(self.layers)} layers, got {len(cache)}")
         self.check_times(targets)
         x, checked = targets.values, None
-        fused = resolved_backend(x, self.config.backend) is Backend.TRITON
+        fused = self._stack()[0].backend_for(x) is Backend.TRITON
         for layer, kv in zip(self._stack(), cache, strict=True):
             # The layers of a stretch share what there is to check.
             decode = layer.decode_static if fused and kv.layout is checked else layer.decode
@@ -176,7 +175,7 @@ class HSTUEncoder(nn.Module):
             self.config.mask,
             bias=self._stack()[0].bias(self._key_times(seq), row_timestamps),
             total_rows=seq.values.shape[0],
-            backend=self.config.backend,
+            backend=self._stack()[0].backend_for(seq.values),
         )
 
     def _row_timestamps(self, seq: JaggedSequence, request_timestamps: Tensor | None) -> Tensor | None:

@@ -21,8 +21,8 @@ from hstu_kernels import (
     norm_linear_silu,
 )
 from hstu_kernels.attention.static import static_target_attention
+from hstu_kernels.dispatch import choose_backend, product_dtype
 from hstu_kernels.dropout import dropout
-from hstu_kernels.gated_norm.api import resolved_backend
 from hstu_kernels.layer import LayerOptions, LayerWeights, hstu_layer
 from hstu_plugin.config import HSTUConfig, Recompute, Variant
 from hstu_plugin.recompute import Autocast, Rebuilder, rerun, unchanged
@@ -143,7 +143,7 @@ class HSTULayer(nn.Module):
             alpha=config.alpha,
             scale=config.attn_scale,
             bias=self.bias(cache.timestamps, request_timestamps),
-            backend=resolved_backend(q.flatten(1), config.backend),
+            backend=self.backend_for(x),
         )
         return self._gate(x, u, attended)
 
@@ -205,7 +205,7 @@ class HSTULayer(nn.Module):
         before, behind, uvqk, output = self.input_norm, self.output_norm, self.uvqk, self.output
         norms = (behind.weight, behind.bias)
         weights = LayerWeights(before.weight, before.bias, uvqk.weight, uvqk.bias, *norms, output.weight, output.bias)
-        return hstu_layer(x, weights, options, layout, bias=bias, plan=plan, backend=config.backend)
+        return hstu_layer(x, weights, options, layout, bias=bias, plan=plan, backend=Backend.TRITON)
 
     def _attend(
         self,
@@ -236,9 +236,14 @@ class HSTULayer(nn.Module):
             return self._split(self._fused_projection(x))
         return self._split(self._activate(self.uvqk(self.input_norm(x))))
 
+    def backend_for(self, x: Tensor) -> Backend:
+        """What serves this layer for rows like ``x``; with kernels norms, SiLU and gate are kernels, too."""
+        config, weight = self.config, self.uvqk.weight
+        widths = config.attention_dim, config.linear_dim
+        return choose_backend(config.backend, x.device, product_dtype(x, weight.dtype), widths)
+
     def _fused(self, x: Tensor) -> bool:
-        """Whether norms, SiLU and gate run in kernels of their own; otherwise they are PyTorch's."""
-        return resolved_backend(x, self.config.backend) is Backend.TRITON
+        return self.backend_for(x) is Backend.TRITON
 
     def _fused_projection(self, x: Tensor) -> Tensor:
         config = self.config
@@ -251,7 +256,7 @@ class HSTULayer(nn.Module):
             self.uvqk.bias,
             eps=config.norm_eps,
             activated=config.num_heads * config.linear_dim if production else self.uvqk.out_features,
-            backend=config.backend,
+            backend=Backend.TRITON,
         )
 
     def _project_and_drop(self, x: Tensor, rebuilder: Rebuilder) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -321,7 +326,7 @@ class HSTULayer(nn.Module):
                 eps=self.config.norm_eps,
                 dropout=self.config.dropout if self.training else 0.0,
                 concat=self.config.variant is Variant.PRODUCTION,
-                backend=self.config.backend,
+                backend=Backend.TRITON,
             )
         norm = self.output_norm
         y = F.layer_norm(attended, norm.normalized_shape, norm_weight, norm_bias, norm.eps) * u

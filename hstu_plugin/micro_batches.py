@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hstu_kernels import Backend, JaggedLayout, LayerKV
+from hstu_kernels.dispatch import choose_backend
 from hstu_plugin.config import HSTUConfig
 from hstu_plugin.encoder import KVCache
 from hstu_plugin.sequence import JaggedSequence
@@ -46,17 +47,24 @@ def auto_size(configs: Iterable[HSTUConfig], weight: Tensor) -> int:
     free = _CPU_BYTES
     if weight.is_cuda:
         free = torch.cuda.mem_get_info(weight.device)[0] // 10
-    row = max(_row_nbytes(config, weight.element_size()) for config in configs)
+    row = max(_row_nbytes(config, weight) for config in configs)
     return 1 << min(max(free // row, _FEWEST), _MOST).bit_length() - 1
 
 
-def _row_nbytes(config: HSTUConfig, itemsize: int) -> int:
+def _row_nbytes(config: HSTUConfig, weight: Tensor) -> int:
     """What a candidate holds at most at once: rows of a layer, and sums or logits of its attention."""
     heads, qk, uv = config.num_heads, config.attention_dim, config.linear_dim
     rows = 4 * config.embedding_dim + 4 * heads * (qk + uv) + 5 * heads * uv
-    fused = config.backend is Backend.TRITON
+    itemsize = weight.element_size()
+    backend = config.backend
+    if backend is Backend.AUTO:
+        backend = choose_backend(backend, weight.device, weight.dtype, (qk, uv))
     # float32 sums of each stretch of 2048 keys, or all logits three times.
-    attention = heads * uv * 4 * -(-config.max_seq_len // 2048) if fused else 3 * heads * config.max_seq_len * itemsize
+    attention = (
+        heads * uv * 4 * -(-config.max_seq_len // 2048)
+        if backend is Backend.TRITON
+        else 3 * heads * config.max_seq_len * itemsize
+    )
     return rows * itemsize + attention
 
 

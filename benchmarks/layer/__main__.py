@@ -30,7 +30,7 @@ from benchmarks.layer.models import (
 from benchmarks.ledger import RESULTS, LedgerError, append, read
 from benchmarks.machine import measure_ceilings, provenance
 from hstu_kernels import UnsupportedBackend
-from hstu_kernels.gated_norm.api import resolved_backend
+from hstu_kernels.dispatch import choose_backend
 from hstu_plugin.config import Variant
 
 LEDGER = RESULTS / "layer.csv"
@@ -122,7 +122,7 @@ def memory(
     click.echo(f"u: one matrix {list(batch.x.shape)} in bfloat16, {unit / 2**20:.4g} MiB")
     for choice in (Choice("eager", ()), *choices("triton")):
         try:
-            resolved_backend(batch.x, choice.backend)
+            choose_backend(choice.backend, place, batch.x.dtype)
         except UnsupportedBackend as reason:
             click.echo(f"{choice.backend} not measured: {str(reason).splitlines()[0]}")
             break
@@ -198,7 +198,7 @@ def _check(name: str, case: Case, batch: Batch) -> float:
     """Relative error of the gradients against float32, which may be twice that of plain PyTorch under autocast."""
     if name.startswith("triton"):
         # Here, since a compiler would wrap the refusal in one of its own.
-        resolved_backend(batch.x, "triton")
+        choose_backend("triton", batch.x.device, batch.x.dtype)
 
     def gradients(make: Callable[[Case], nn.Module], *, autocast: bool) -> Tensor:
         torch.manual_seed(0)

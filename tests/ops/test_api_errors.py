@@ -117,7 +117,7 @@ def test_bias_on_another_device_is_refused(name: str, bias: RelativeBias) -> Non
 
 TIME_BIAS = RelativeBias(None, TABLE, TIMES)
 WRONG_PLANS = {
-    "other-backend": (plan_attention(LAYOUT, AttentionMask(), total_rows=5, backend="reference"), {}),
+    "other-backend": (plan_attention(LAYOUT, AttentionMask(), total_rows=5, backend="reference"), {"backend": "eager"}),
     "other-mask": (plan_attention(LAYOUT, AttentionMask(max_attn_len=2), total_rows=5), {}),
     "other-layout": (
         plan_attention(JaggedLayout.from_lengths(torch.tensor([2, 3])), AttentionMask(), total_rows=5),
@@ -211,6 +211,7 @@ SERVED = CallFacts(
     triton_release=(3, 10),
     oldest_triton=(3, 4),
     interpreting=False,
+    capability=(9, 0),
 )
 NOT_SERVED = {
     "not-installed": ({"triton_release": None}, "is not installed"),
@@ -236,7 +237,34 @@ def test_triton_serves_what_it_says() -> None:
     assert resolve_backend("triton") is Backend.TRITON
     interpreted = replace(SERVED, device_type="cpu", dtype=torch.float16, interpreting=True)
     assert resolve_backend("triton", interpreted) is Backend.TRITON
-    assert resolve_backend("auto", SERVED) is Backend.EAGER
+
+
+AUTOMATIC = {
+    "served": ({}, Backend.TRITON),
+    "older-gpu": ({"capability": (8, 0)}, Backend.EAGER),
+    "newer-gpu": ({"capability": (10, 0)}, Backend.EAGER),
+    "no-nvidia-gpu": ({"capability": None}, Backend.EAGER),
+    "cpu": ({"device_type": "cpu", "capability": None}, Backend.EAGER),
+    # Kernels run on a CPU only to be tested.
+    "interpreted": ({"device_type": "cpu", "interpreting": True, "dtype": torch.float16}, Backend.EAGER),
+    "unknown-dtype": ({"dtype": None}, Backend.EAGER),
+    "unknown-widths": ({"qk_dim": None, "v_dim": None}, Backend.TRITON),
+    "float64": ({"dtype": torch.float64}, Backend.EAGER),
+    "narrow": ({"qk_dim": 8}, Backend.EAGER),
+    "no-triton": ({"triton_release": None}, Backend.EAGER),
+    "float32": ({"dtype": torch.float32}, Backend.TRITON),
+    "exact": ({"dtype": torch.float32, "exact_float32": True, "v_dim": 64}, Backend.TRITON),
+    "exact-wide": ({"dtype": torch.float32, "exact_float32": True, "v_dim": 65}, Backend.EAGER),
+}
+
+
+@pytest.mark.parametrize(("changed", "chosen"), AUTOMATIC.values(), ids=AUTOMATIC.keys())
+def test_auto_takes_kernels_where_they_serve_and_pay(changed: dict[str, Any], chosen: Backend) -> None:
+    assert resolve_backend("auto", replace(SERVED, **changed)) is chosen
+
+
+def test_auto_without_facts_is_eager() -> None:
+    assert resolve_backend("auto") is Backend.EAGER
 
 
 def test_a_plan_of_other_rows_is_refused() -> None:

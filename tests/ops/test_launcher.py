@@ -24,6 +24,7 @@ from hstu_kernels import (
     JaggedLayout,
     LayerKV,
     RelativeBias,
+    dispatch,
     gated_norm,
     hstu_attention,
     hstu_target_attention,
@@ -31,7 +32,6 @@ from hstu_kernels import (
 from hstu_kernels import backend as backends
 from hstu_kernels.attention import api
 from hstu_kernels.attention.triton import TritonPlan, interpreting
-from hstu_kernels.gated_norm import api as gate_api
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: kernels are not compiled")
@@ -66,7 +66,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setattr(launcher, "_current_stream", lambda device: 0)
     monkeypatch.setattr(arguments, "_has_copy_engine", lambda device: True)
     monkeypatch.setattr(backends, "_triton_obstacle", lambda facts: None)
-    caches = (api._decided, gate_api._decided, calls._variant, target_launch._variant, gate_launch._variant)
+    caches = (dispatch._decided, calls._variant, target_launch._variant, gate_launch._variant)
     for cache in caches:
         cache.cache_clear()
     yield made

@@ -13,9 +13,10 @@ from torch import Tensor
 from hstu_kernels.attention.eager import EagerPlan, eager_attention, eager_target_attention, plan_eager
 from hstu_kernels.attention.ops import operator_attention
 from hstu_kernels.attention.reference import reference_attention, reference_target_attention
-from hstu_kernels.attention.triton import OLDEST_TRITON, TritonPlan, interpreting, plan_triton, triton_release
-from hstu_kernels.backend import Backend, CallFacts, UnsupportedBackend, resolve_backend
+from hstu_kernels.attention.triton import TritonPlan, plan_triton
+from hstu_kernels.backend import Backend, UnsupportedBackend
 from hstu_kernels.bias import RelativeBias
+from hstu_kernels.dispatch import choose_backend
 from hstu_kernels.gradients import needs_gradient
 from hstu_kernels.layout import JaggedLayout, LayerKV
 from hstu_kernels.mask import AttentionMask
@@ -39,6 +40,8 @@ def plan_attention(
     *,
     bias: RelativeBias | None = None,
     total_rows: int,
+    dtype: torch.dtype | None = None,
+    widths: tuple[int | None, int | None] = (None, None),
     backend: Backend | str = Backend.AUTO,
 ) -> AttentionPlan:
     """Validate the batch and prepare it for any number of `hstu_attention` calls.
@@ -47,6 +50,8 @@ def plan_attention(
         layout, mask: geometry and structure shared by the calls.
         bias: any bias with the timestamps and the table sizes that the calls will use; its weights are not read.
         total_rows: ``L`` of the tensors to come.
+        dtype, widths: of q and of the heads, ``Dqk`` and ``Dv``; ``backend="auto"`` takes no kernels where it does not
+            know the dtype.
         backend: as in `hstu_attention`.
 
     Under ``torch.compile`` and ``torch.export`` nothing is validated or prepared; see `hstu_attention`.
@@ -55,7 +60,7 @@ def plan_attention(
         ValueError: the layout is inconsistent or does not cover ``total_rows`` rows.
         UnsupportedBackend: the backend cannot serve the call.
     """
-    resolved = _resolve(backend, layout.device)
+    resolved = choose_backend(backend, layout.device, dtype, widths)
     if torch.compiler.is_compiling():
         return AttentionPlan(resolved, layout, mask, total_rows, _bias_shape(bias), None)
     return _plan("total_rows", layout, mask, bias, total_rows, resolved)
@@ -103,7 +108,8 @@ def hstu_attention(
         mask: which keys each row sees.
         alpha: multiplies the dot product only. scale: multiplies after SiLU.
         bias: relative attention bias, shared by the heads; differentiable in both tables.
-        backend: ``auto`` or an explicit one, which is never replaced silently.
+        backend: an explicit one, which is never replaced silently, or ``auto``: that of the plan, or without one what
+            `resolve_backend` says.
         plan: from `plan_attention` for the same layout, mask and timestamps; saves repeating the preparation.
 
     Returns:
@@ -121,7 +127,7 @@ def hstu_attention(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
-    resolved = _resolve(backend, q.device, q.dtype, q.shape[2], v.shape[2])
+    resolved = _planned(backend, plan, q, q.dtype, (q.shape[2], v.shape[2]))
     if torch.compiler.is_compiling():
         if bias is not None:
             _check_bias(bias, q)
@@ -150,7 +156,15 @@ def prepare(
     Args:
         like: ``[L, ...]`` on the device of q. dtype: of q, k and v. widths: ``Dqk`` and ``Dv``.
     """
-    return _fitting(plan, layout, mask, bias, like, _resolve(backend, like.device, dtype, *widths))
+    return _fitting(plan, layout, mask, bias, like, _planned(backend, plan, like, dtype, widths))
+
+
+def _planned(
+    backend: Backend | str, plan: AttentionPlan | None, like: Tensor, dtype: torch.dtype, widths: tuple[int, int]
+) -> Backend:
+    if plan is not None and backend == Backend.AUTO:
+        backend = plan.backend
+    return choose_backend(backend, like.device, dtype, widths)
 
 
 def _fitting(
@@ -204,7 +218,9 @@ def hstu_target_attention(
     """
     q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
-    resolved = _resolve(backend, q.device, q.dtype, q.shape[2], v.shape[2])
+    resolved = choose_backend(backend, q.device, q.dtype, (q.shape[2], v.shape[2]))
+    if resolved is Backend.TRITON and backend == Backend.AUTO and needs_gradient(q, k, v, cache.k, cache.v):
+        resolved = Backend.EAGER
     layout.check_rows("q", q.shape[0])
     cache.layout.check_rows("cache.k", cache.k.shape[0])
     if cache.v.shape[0] != cache.k.shape[0]:
@@ -254,38 +270,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _resolve(
-    backend: Backend | str,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    qk_dim: int | None = None,
-    v_dim: int | None = None,
-) -> Backend:
-    # A compiler traces the decision itself; otherwise it is made once for each kind of call.
-    decide = _decide if torch.compiler.is_compiling() else _decided
-    return decide(backend, device.type, dtype, qk_dim, v_dim)
-
-
-def _decide(
-    backend: Backend | str, device_type: str, dtype: torch.dtype | None, qk_dim: int | None, v_dim: int | None
-) -> Backend:
-    facts = None
-    if backend == Backend.TRITON:
-        facts = CallFacts(
-            device_type=device_type,
-            dtype=dtype,
-            qk_dim=qk_dim,
-            v_dim=v_dim,
-            triton_release=triton_release(),
-            oldest_triton=OLDEST_TRITON,
-            interpreting=interpreting(),
-        )
-    return resolve_backend(backend, facts)
-
-
-_decided = functools.lru_cache(maxsize=256)(_decide)
 
 
 def _bias_shape(bias: RelativeBias | None) -> tuple[Tensor | None, Tensor | None, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
-from hstu_kernels.backend import Backend, CallFacts, resolve_backend
+from hstu_kernels.backend import Backend
+from hstu_kernels.dispatch import choose_backend
 from hstu_kernels.dropout import new_seed
 from hstu_kernels.gated_norm.ops import run_backward, run_forward
 from hstu_kernels.gradients import needs_gradient, without_autocast
@@ -192,7 +191,7 @@ def _prepare(
         seed = None
     elif seed is None:
         seed = new_seed(a.device)
-    return seed, resolved_backend(a, backend)
+    return seed, choose_backend(backend, a.device, a.dtype)
 
 
 def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -202,30 +201,6 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
             raise ValueError(
                 f"{name}: expected [{x.shape[1]}] on {x.device}, got {tuple(parameter.shape)} on {parameter.device}"
             )
-
-
-def resolved_backend(x: Tensor, backend: Backend | str) -> Backend:
-    """`resolve_backend` for rows ``x``."""
-    # A compiler traces the decision itself; otherwise it is made once for each kind of call.
-    decide = _decide if torch.compiler.is_compiling() else _decided
-    return decide(backend, x.device.type, x.dtype)
-
-
-def _decide(backend: Backend | str, device_type: str, dtype: torch.dtype) -> Backend:
-    facts = None
-    if backend == Backend.TRITON:
-        # Only then: looking for Triton is not free.
-        facts = CallFacts(
-            device_type=device_type,
-            dtype=dtype,
-            triton_release=triton_release(),
-            oldest_triton=OLDEST_TRITON,
-            interpreting=interpreting(),
-        )
-    return resolve_backend(backend, facts)
-
-
-_decided = functools.lru_cache(maxsize=256)(_decide)
 
 
 def _autocast(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
-from hstu_kernels.backend import Backend, CallFacts, UnsupportedBackend, resolve_backend
+from hstu_kernels.backend import Backend, UnsupportedBackend
+from hstu_kernels.dispatch import choose_backend
 from hstu_kernels.int4.format import PackedRows, RowFormat
 from hstu_kernels.int4.reference import NOTHING, gather_reference
 
@@ -51,7 +51,8 @@ def gather_rows(
         item_scale: multiplies item rows before anything is added.
         actions, positions: dense rows to add.
         dtype: of the result: bfloat16, float16 or float32.
-        backend: ``auto`` takes the tensor operations; ``triton`` the fused kernel (int4 and int8, NVIDIA GPUs).
+        backend: ``triton`` is the fused kernel (int4 and int8, NVIDIA GPUs), ``eager`` tensor operations; ``auto``
+            takes the kernel where it serves the call.
         check_ids: refuse ids outside their table, which on a GPU waits for the device. Default: on CPU only.
             Unchecked, such an id gives a row of NaN; memory outside the tables is never read.
 
@@ -87,17 +88,11 @@ def gather_rows(
 
 
 def _resolve(backend: Backend | str, table: PackedRows) -> Backend:
-    chosen = resolve_backend(backend)
-    if chosen is Backend.TRITON:
-        facts = CallFacts(
-            device_type=table.device.type,
-            triton_release=triton_release(),
-            oldest_triton=OLDEST_TRITON,
-            interpreting=interpreting(),
-        )
-        resolve_backend(chosen, facts)
-        if table.format is RowFormat.FP8:
-            raise UnsupportedBackend("backend: triton gathers int4 and int8 rows, got fp8; use backend='eager'")
+    if table.format is RowFormat.FP8 and backend == Backend.AUTO:
+        return Backend.EAGER
+    chosen = choose_backend(backend, table.device, torch.float32)  # what it adds up in
+    if chosen is Backend.TRITON and table.format is RowFormat.FP8:
+        raise UnsupportedBackend("backend: triton gathers int4 and int8 rows, got fp8; use backend='eager'")
     return chosen
 
 

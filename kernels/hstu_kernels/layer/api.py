@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hstu_kernels.attention.api import AttentionPlan
 from hstu_kernels.attention.passes import attention_passes
 from hstu_kernels.backend import Backend
 from hstu_kernels.bias import RelativeBias
+from hstu_kernels.dispatch import choose_backend, product_dtype
 from hstu_kernels.dropout import new_seed
-from hstu_kernels.gated_norm.api import check_norm, resolved_backend
+from hstu_kernels.gated_norm.api import check_norm
 from hstu_kernels.layer.passes import Spec, run_layer
 from hstu_kernels.layout import JaggedLayout
 from hstu_kernels.mask import AttentionMask
@@ -105,9 +105,7 @@ def hstu_layer(
         UnsupportedBackend: an explicit backend cannot serve the call.
     """
     _check(x, weights, options)
-    dtype = weights.uvqk.dtype
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = product_dtype(x, weights.uvqk.dtype)
     passes = attention_passes(
         layout,
         options.mask,
@@ -125,7 +123,7 @@ def hstu_layer(
     elif seed is None:
         seed = new_seed(x.device)
     w = weights
-    spec = Spec(options, passes, resolved_backend(x, backend), dtype)
+    spec = Spec(options, passes, choose_backend(backend, x.device, x.dtype), dtype)
     tables = (None, None) if bias is None else (bias.pos_table, bias.time_table)
     norms_and_products = (w.norm_weight, w.norm_bias, w.uvqk, w.uvqk_bias, w.gate_weight, w.gate_bias)
     return run_layer(spec, seed, x, *norms_and_products, w.output, w.output_bias, *tables)

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hstu_kernels.backend import Backend
-from hstu_kernels.gated_norm.api import check_norm, resolved_backend
+from hstu_kernels.dispatch import choose_backend
+from hstu_kernels.gated_norm.api import check_norm
 from hstu_kernels.gated_norm.ops import run_backward, run_forward
 from hstu_kernels.gradients import needs_gradient, without_autocast
 from hstu_kernels.projection.ops import run_silu, run_silu_backward
@@ -62,7 +63,7 @@ def norm_linear_silu(
     activated = columns if activated is None else activated
     if not 0 <= activated <= columns:
         raise ValueError(f"activated: expected a number in [0, {columns}], got {activated}")
-    resolved = resolved_backend(x, backend)
+    resolved = choose_backend(backend, x.device, x.dtype)
     if resolved is Backend.TRITON and not needs_gradient(x, norm_weight, norm_bias, weight, bias):
         normed = run_forward(resolved, x, None, norm_weight, norm_bias, None, eps=eps, dtype=weight.dtype)[0]
         with without_autocast(x.device.type):
