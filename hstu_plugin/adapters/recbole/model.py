@@ -10,6 +10,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
+from hstu_kernels import Backend
 from hstu_plugin.adapters.recbole.actions import ActionEmbedding, training_values
 from hstu_plugin.adapters.recbole.dataset import ExactTimeDataset
 from hstu_plugin.adapters.recbole.options import (
@@ -71,6 +72,14 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
             levels = data_options(values).action_levels
             self.action_embedding = ActionEmbedding(actions, levels, self.hstu_config.embedding_dim)
         self.retrieval = HSTURetrieval(self.hstu_config, self.retrieval_config)
+
+    def backend_note(self) -> str:
+        """Which implementation trains this model here, for a log."""
+        layer = self.retrieval.encoder.first_layers[0]
+        backend = layer.backend_for(next(layer.parameters()))
+        if backend is not Backend.TRITON:
+            return f"backend: {backend.value}"
+        return "backend: triton. The first batches compile its kernels, once: later runs find them in Triton's cache."
 
     def forward(self, interaction) -> Tensor:  # type: ignore[no-untyped-def]
         """User vectors ``[B, D]`` after the histories of a batch."""

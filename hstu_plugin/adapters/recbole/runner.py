@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_plugin.adapters.recbole.checkpoint import CheckpointError, read_checkpoint
+from hstu_plugin.adapters.recbole.model import HSTU
 from hstu_plugin.adapters.recbole.prepare import (
     load_exact_time,
     make_config,
@@ -132,6 +133,8 @@ def run(
             seed_all(config, config["local_rank"])
             network = make_model(config, loaders[0])
             logger.info(network)
+            if isinstance(network, HSTU):
+                logger.info(network.backend_note())
             trainer = make_trainer(config, network)
             if resume is not None:
                 resume_run(trainer, config, resume)

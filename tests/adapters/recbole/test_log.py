@@ -68,3 +68,9 @@ def test_a_log_of_the_callers_own_stays_as_it_was(tiny: dict[str, Any]) -> None:
         assert root.handlers == [mine]
         assert root.level == logging.WARNING
     assert not [w for w in seen if issubclass(w.category, ResourceWarning) and ".log" in str(w.message)]
+
+
+def test_the_log_names_the_backend(tiny: dict[str, Any]) -> None:
+    with no_log_yet() as root:
+        run("HSTU", "tiny", config_dict={**tiny, "epochs": 1, "state": "INFO", "backend": "eager"})
+        assert "backend: eager\n" in Path(file_handler(root).baseFilename).read_text(encoding="utf-8")
