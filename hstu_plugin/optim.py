@@ -7,7 +7,7 @@ here serve tables held by PyTorch itself, on any device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -195,11 +195,25 @@ def dense_adamw(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.98),
+    decay_vectors: bool = False,
+    tables: Iterable[nn.Parameter] = (),
+    table_options: Mapping[str, Any] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over dense weights: decay on matrices, none on biases, norms and bias tables (1-D)."""
+    """AdamW over dense weights.
+
+    Args:
+        params: weights; those that do not require a gradient are left out.
+        lr, weight_decay, betas: of AdamW; ``weight_decay`` is that of matrices.
+        decay_vectors: biases, norms and bias tables (1-D) decay, too.
+        tables: those of ``params`` that take ``table_options`` (``lr``, ``weight_decay``, ``betas``, ``eps``) instead.
+        table_options: numbers of the last group.
+    """
     trained = [p for p in params if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    apart = {id(p) for p in tables}
+    dense = [p for p in trained if id(p) not in apart]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in dense if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in dense if p.dim() < 2], "weight_decay": weight_decay if decay_vectors else 0.0},
+        {"params": [p for p in trained if id(p) in apart], **(table_options or {})},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from hstu_plugin.adapters.conversion.files import Dataset, jagged, write_dataset
 from hstu_plugin.adapters.ranking.dataset import ROLES, RankingData, load
@@ -23,6 +24,8 @@ from hstu_plugin.ranking_windows import Windows
 from hstu_plugin.records import plain
 
 _MODELS = (ModelName.HSTU, ModelName.ULTRA_HSTU)
+# Of weights, gradients and moments; beyond it AdamW of the rows of a step, and tables that may be sharded.
+_REPLICATED_BYTES = 4 << 30
 
 
 def convert_ranking(recipe: Recipe, settings: RankSettings, directory: Path, out: Path) -> Dataset:
@@ -39,11 +42,15 @@ def convert_ranking(recipe: Recipe, settings: RankSettings, directory: Path, out
         raise ValueError(f"model: expected one of {', '.join(_MODELS)}, got {settings.model}")
     data = load(read_schema(recipe.schema), directory)
     columns = _Columns(data, settings)
-    parts = {
-        split: columns.table(split_windows(data.log, settings, split, training=split == "train"), split)
-        for split in ROLES
-    }
+    windows = {split: split_windows(data.log, settings, split, training=split == "train") for split in ROLES}
+    windows["train"] = windows["train"].take(drawn_order(len(windows["train"])))
+    parts = {split: columns.table(own, split) for split, own in windows.items()}
     return write_dataset(out, parts, columns.config(out), {}, name=f"{recipe.name}, {settings.model}")
+
+
+def drawn_order(windows: int) -> Tensor:
+    """The order of the rows of training: readers go through files in pieces, which shall not be those of few users."""
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(0))
 
 
 class _Columns:
@@ -93,13 +100,14 @@ class _Columns:
         settings, data, features = self.settings, self.data, self.data.features
         model = settings.hstu_config(num_features=len(features.users), num_series=len(features.series))
         train = data.log.labels[data.log.roles == ROLES["train"]]
-        exact = torch.cuda.is_available()
         rate = settings.table_learning_rate or settings.learning_rate
         decay = settings.weight_decay if settings.table_weight_decay is None else settings.table_weight_decay
         shared = zip(self.items, features.items, strict=True)
         tables = [_table(key, feature, (key, _candidate(key))) for key, feature in shared]
         for keys, of in ((self.users, features.users), (self.series, features.series)):
             tables += [_table(key, feature, (key,)) for key, feature in zip(keys, of, strict=True)]
+        size = 16 * model.embedding_dim * sum(table["num_embeddings"] for table in tables)
+        kind = TableOptimizer.DENSE_ADAMW if size <= _REPLICATED_BYTES else TableOptimizer.AUTO
         named = {
             "intensities": zip(self.measures, features.intensities, strict=True),
             "contexts": zip(self.contexts, features.action_contexts, strict=True),
@@ -146,10 +154,12 @@ class _Columns:
                 "dense_lr": settings.learning_rate,
                 "dense_weight_decay": settings.weight_decay,
                 "dense_betas": list(settings.betas),
+                # As the ranking door's AdamW.
+                "decay_vectors": True,
                 "clip_norm": settings.clip_norm or 0.0,
-                "tables": (TableOptimizer.ADAMW if exact else TableOptimizer.ADAGRAD).value,
-                "table_lr": rate if exact else 10 * rate,
-                "table_weight_decay": decay if exact else 0.0,
+                "tables": kind.value,
+                "table_lr": rate,
+                "table_weight_decay": decay,
                 "table_betas": list(settings.betas),
                 "warmup_steps": settings.warmup_steps,
                 "lr_schedule": settings.lr_schedule.value,

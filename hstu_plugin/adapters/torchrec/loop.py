@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.keyed import CombinedOptimizer
 
 from hstu_plugin.adapters.torchrec.batch import SequenceBatch
 from hstu_plugin.adapters.torchrec.checkpoint import CheckpointError, Checkpoints
@@ -26,14 +24,13 @@ from hstu_plugin.adapters.torchrec.data import (
     plan_stream,
 )
 from hstu_plugin.adapters.torchrec.evaluate import evaluate_ranking, evaluate_retrieval
-from hstu_plugin.adapters.torchrec.fused import fused_params, set_table_steps, table_steps
+from hstu_plugin.adapters.torchrec.fused import fused_params, make_dense_optimizer, set_table_steps, table_steps
 from hstu_plugin.adapters.torchrec.metrics import RankingMetrics, RetrievalMetrics
-from hstu_plugin.adapters.torchrec.options import Resume, TaskName, TrainOptions
+from hstu_plugin.adapters.torchrec.options import Resume, TableOptimizer, TaskName, TrainOptions
 from hstu_plugin.adapters.torchrec.report import Report
 from hstu_plugin.adapters.torchrec.samplers import make_sampler
 from hstu_plugin.adapters.torchrec.sharding import describe_plan, draw_tables, shard_model
 from hstu_plugin.adapters.torchrec.task import make_task
-from hstu_plugin.optim import dense_adamw
 from hstu_plugin.schedule import rate_factor
 
 
@@ -68,12 +65,14 @@ class Trainer:
         self.sampler: HistorySampler | None = make_sampler(options)
         self._source: RankBatches | None = None
         self.plan = self._plan_data(training=True)
+        self.replicated = options.optim.tables is TableOptimizer.DENSE_ADAMW
         self.model = shard_model(
             make_task(options),
             options.schema,
             device=device,
             fused_params=fused_params(options.optim, device),
             choices=options.sharding,
+            replicated=self.replicated,
             local_world_size=local_world_size,
             batch_size=options.data.batch_size // self.world_size,
             messages=options.run.messages,
@@ -81,11 +80,7 @@ class Trainer:
         draw_tables(self.model, options.run.seed)
         self.report.say(describe_plan(self.model.plan, options.schema, options.model.embedding_dim))
         optim = options.optim
-        dense = dict(in_backward_optimizer_filter(self.model.named_parameters()))
-        make_dense = partial(
-            dense_adamw, lr=optim.dense_lr, weight_decay=optim.dense_weight_decay, betas=optim.dense_betas
-        )
-        self.dense = KeyedOptimizerWrapper(dense, make_dense)
+        self.dense = make_dense_optimizer(self.model, optim)
         clipped = (
             GradientClippingOptimizer(self.dense, clipping=GradientClipping.NORM, max_gradient=optim.clip_norm)
             if optim.clip_norm
@@ -113,13 +108,19 @@ class Trainer:
         options = self.options.run
         finished, metrics = True, {}
         # One pipeline for all epochs: it looks two batches ahead, and takes a while to fill.
-        pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
+        pipeline: TrainPipelineBase[Any, Any] | TrainPipelineSparseDist[Any, Any]
+        if self.replicated:
+            # No ids travel between ranks.
+            pipeline = TrainPipelineBase(self.model, self.optimizer, self.device)
+        else:
+            pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
         batches = self._batches()
         while self.epoch < options.epochs and not self._enough():
             finished = self._train_epoch(pipeline, batches)
             if not finished:
                 break
-        pipeline.detach()
+        if isinstance(pipeline, TrainPipelineSparseDist):
+            pipeline.detach()
         self._check_finite()
         self._save()
         if finished and self.options.data.eval is not None:
@@ -153,7 +154,11 @@ class Trainer:
         self.report.evaluated(self.step, metrics)
         return metrics
 
-    def _train_epoch(self, pipeline: TrainPipelineSparseDist, batches: Iterator[SequenceBatch]) -> bool:
+    def _train_epoch(
+        self,
+        pipeline: TrainPipelineBase[Any, Any] | TrainPipelineSparseDist[Any, Any],
+        batches: Iterator[SequenceBatch],
+    ) -> bool:
         """The rest of the epoch; False when asked to stop."""
         options = self.options.run
         while self.epoch_step < self.plan.steps_an_epoch and not self._enough():
@@ -174,16 +179,22 @@ class Trainer:
                 self._check_finite()
                 self._save()
             if options.eval_every and self.step % options.eval_every == 0 and self.options.data.eval is not None:
-                # The tables need their own forward for it.
-                pipeline.detach()
-                self.evaluate()
-                pipeline.attach()
-                if pipeline.contexts:
-                    # Attaching sends the ids of the next batch anew, and leaves it to us to receive them.
-                    pipeline.wait_sparse_data_dist(pipeline.contexts[0])
+                self._evaluate_between(pipeline)
         if self.epoch_step >= self.plan.steps_an_epoch:
             self.epoch, self.epoch_step = self.epoch + 1, 0
         return True
+
+    def _evaluate_between(self, pipeline: TrainPipelineBase[Any, Any] | TrainPipelineSparseDist[Any, Any]) -> None:
+        if not isinstance(pipeline, TrainPipelineSparseDist):
+            self.evaluate()
+            return
+        # The tables need their own forward for it.
+        pipeline.detach()
+        self.evaluate()
+        pipeline.attach()
+        if pipeline.contexts:
+            # Attaching sends the ids of the next batch anew, and leaves it to us to receive them.
+            pipeline.wait_sparse_data_dist(pipeline.contexts[0])
 
     def _batches(self) -> Iterator[SequenceBatch]:
         self._source = RankBatches(
@@ -225,7 +236,7 @@ class Trainer:
         total = self.options.run.epochs * self.plan.steps_an_epoch
         factor = rate_factor(optim.lr_schedule, self.step, optim.warmup_steps, total)
         for group in self.dense.param_groups:
-            group["lr"] = optim.dense_lr * factor
+            group["lr"] = group["full_lr"] * factor
         for group in self.model.fused_optimizer.param_groups:
             group["lr"] = optim.table_lr * factor
 

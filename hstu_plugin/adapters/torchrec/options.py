@@ -25,13 +25,17 @@ class TaskName(StrEnum):
 
 
 class TableOptimizer(StrEnum):
-    """Optimisers of the tables, fused into the backward pass by FBGEMM. ``AUTO``: rowwise AdamW on CUDA, where it
-    exists, and rowwise Adagrad on CPU. ``ADAMW`` keeps two moments for each element, for small tables; CUDA alone.
+    """Optimisers of the tables, fused into the backward pass by FBGEMM, except ``DENSE_ADAMW``.
+
+    ``AUTO``: rowwise AdamW on CUDA, where it exists, and rowwise Adagrad on CPU. ``ADAMW`` keeps two moments for each
+    element; CUDA alone. ``DENSE_ADAMW`` is PyTorch's, on every device: each step moves and decays all rows, also those
+    that it did not look up. Every rank then holds all tables, so it is for small ones.
     """
 
     AUTO = "auto"
     ROWWISE_ADAMW = "rowwise_adamw"
     ADAMW = "adamw"
+    DENSE_ADAMW = "dense_adamw"
     ROWWISE_ADAGRAD = "rowwise_adagrad"
     ADAGRAD = "adagrad"
     SGD = "sgd"
@@ -107,9 +111,11 @@ class DataOptions:
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
     """Attributes:
-    dense_lr, dense_weight_decay: AdamW of the dense part. clip_norm: of the dense gradients over all; 0: none.
-    dense_betas: of that AdamW.
-    tables: optimiser of the tables. table_lr, table_weight_decay, table_eps, table_betas: its numbers.
+    dense_lr, dense_weight_decay: AdamW of the dense part. clip_norm: of the gradients of all weights that are not in
+        fused tables; 0: none.
+    dense_betas: of that AdamW. decay_vectors: weights of one dimension (biases, norms, bias tables) decay, too.
+    tables: optimiser of the tables. table_lr, table_weight_decay, table_eps, table_betas: its numbers. With
+        ``dense_adamw`` they are those of the small tables of actions, too, which else belong to the dense part.
     warmup_steps: both learning rates rise linearly over so many steps. lr_schedule: their course after that, constant,
         or cosine down to 0 at the end of ``run.epochs``.
     """
@@ -117,6 +123,7 @@ class OptimOptions:
     dense_lr: float = 1e-3
     dense_weight_decay: float = 0.0
     dense_betas: tuple[float, float] = (0.9, 0.98)
+    decay_vectors: bool = False
     clip_norm: float = 1.0
     tables: TableOptimizer = TableOptimizer.AUTO
     table_lr: float = 1e-2
@@ -138,6 +145,8 @@ class OptimOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"optim.{name}: expected a finite number >= 0, got {value!r} (YAML: write 1.0e-3)")
+        if not isinstance(self.decay_vectors, bool):
+            raise ValueError(f"optim.decay_vectors: expected true or false, got {self.decay_vectors!r}")
         _at_least("optim.warmup_steps", self.warmup_steps, 0)
 
 
@@ -236,6 +245,11 @@ class TrainOptions:
                 raise ValueError(
                     f"{section}: unknown tables {unknown}; known: {[table.name for table in self.schema.tables]}"
                 )
+        if self.optim.tables is TableOptimizer.DENSE_ADAMW and self.sharding:
+            raise ValueError(
+                "sharding: expected nothing with optim.tables: dense_adamw, for which every rank holds all tables, "
+                f"got {dict(self.sharding)}; take rowwise_adamw for sharded tables"
+            )
         for key in self.schema.id_keys:
             if self.schema.table_of(key).name in self.data.id_dropout and self.schema.lowest_id(key) > 0:
                 raise ValueError(

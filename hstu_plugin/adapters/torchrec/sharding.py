@@ -43,6 +43,7 @@ def shard_model(
     local_world_size: int,
     batch_size: int,
     messages: Precision = Precision.FP32,
+    replicated: bool = False,
 ) -> DistributedModelParallel:
     """Let TorchRec's planner place the tables of ``module``, and replicate the rest.
 
@@ -52,6 +53,7 @@ def shard_model(
         choices: table -> sharding types that the planner may take; any where not named.
         local_world_size: ranks of one host. batch_size: users of a rank, for the planner's estimates.
         messages: what looked-up rows, and their gradients, travel in.
+        replicated: every rank holds all tables, as plain weights whose gradients are averaged.
 
     Raises:
         ValueError: ``messages`` are bf16 on a CPU, where gloo has none; the planner finds no placement, or one that
@@ -59,6 +61,9 @@ def shard_model(
     """
     if messages is Precision.BF16 and device.type != "cuda":
         raise ValueError("run.messages: expected fp32 on a CPU, got bf16; gloo carries no bf16")
+    if replicated:
+        # Not "data_parallel": FBGEMM's dense lookup of sequences has no CPU form (1.6).
+        return DistributedModelParallel(module, device=device, plan=ShardingPlan({}), sharders=[])
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     world = dist.get_world_size()
     memory = {}
@@ -117,6 +122,10 @@ def describe_plan(plan: ShardingPlan, schema: FeatureSchema, embedding_dim: int)
     for name in ("table", "rows", "width", "weights GiB", "sharding", "kernel", "ranks"):
         table.add_column(name, justify="right" if name in ("rows", "width", "weights GiB") else "left")
     rows = {t.name: t.num_embeddings for t in schema.tables}
+    if not plan.plan:
+        for name, count in rows.items():
+            cells = (name, f"{count:,}", str(embedding_dim), f"{count * embedding_dim * 4 / 2**30:.3f}")
+            table.add_row(*cells, "replicated", "torch", "all")
     for module in plan.plan.values():
         assert isinstance(module, EmbeddingModuleShardingPlan)
         for name, placed in module.items():
@@ -130,7 +139,10 @@ def describe_plan(plan: ShardingPlan, schema: FeatureSchema, embedding_dim: int)
 
 
 def draw_tables(model: DistributedModelParallel, seed: int) -> None:
-    """Draw all tables from N(0, 0.02), such that a weight depends on (seed, table, row, column) and on no placement."""
+    """Draw all tables from N(0, 0.02), such that a weight depends on (seed, table, row, column) and on no placement.
+
+    Row 0, padding or what is unknown, starts at zero, as in the other doors.
+    """
     with torch.no_grad():
         for name, rows, columns, width, local in _shards(model):
             key = zlib.crc32(name.encode())
@@ -140,6 +152,8 @@ def draw_tables(model: DistributedModelParallel, seed: int) -> None:
                 begin, end = max(rows, chunk * _CHUNK), min(rows + local.shape[0], (chunk + 1) * _CHUNK)
                 part = drawn[begin - chunk * _CHUNK : end - chunk * _CHUNK, columns : columns + local.shape[1]]
                 local[begin - rows : end - rows] = part.to(local.dtype)
+            if rows == 0:
+                local[:1] = 0
 
 
 def _shards(model: DistributedModelParallel) -> Iterator[tuple[str, int, int, int, Tensor]]:

@@ -1,8 +1,9 @@
 """The order in which rows of parquet files reach the ranks: the same global batches whatever the number of ranks.
 
-All rows of an epoch, in an order drawn from (seed, epoch), are cut into ``num_shards`` runs of equal length. Every
-step takes ``batch_size / num_shards`` rows of each. Ranks, and workers inside ranks, share the runs out among
-themselves: the union is the same global batch, and the position in the data is one number, the step.
+All rows of an epoch stand in an order drawn from (seed, epoch): that of the row groups, and in each of them that of its
+rows. It is cut into ``num_shards`` runs of equal length. Every step takes ``batch_size / num_shards`` rows of each.
+Ranks, and workers inside ranks, share the runs out among themselves: the union is the same global batch, and the
+position in the data is one number, the step.
 
 Inside a window of ``bucket_steps`` steps a run's rows are sorted by length, so that the rows of one step are of similar
 length on all ranks; the order of the steps in a window is drawn anew.
@@ -30,7 +31,7 @@ from hstu_plugin.adapters.torchrec.parquet import (
     read_row_group,
 )
 
-_GROUPS, _ROWS, _STEPS = 0, 1, 2
+_GROUPS, _ROWS, _STEPS, _INSIDE = 0, 1, 2, 3
 # Steps that are read at once, or a whole window: opening a run for two rows costs as much as for thirty.
 _BLOCK_STEPS = 8
 # Of row groups that a loading process keeps when no shard needs them any more: all of a small data set.
@@ -135,13 +136,22 @@ class _EpochOrder:
             chosen = np.random.default_rng((*self.seed, _GROUPS)).permutation(len(plan.groups))
         self.groups = [plan.groups[i] for i in chosen]
         self.starts = np.concatenate([[0], np.cumsum([group.rows for group in self.groups])]).astype(np.int64)
+        self.chosen, self.shuffle = chosen, plan.shuffle
+
+    def inside(self, index: int) -> Array:
+        """The rows of the epoch's group ``index`` in their order."""
+        rows = self.groups[index].rows
+        if not self.shuffle:
+            return np.arange(rows)
+        return np.random.default_rng((*self.seed, _INSIDE, int(self.chosen[index]))).permutation(rows)
 
 
 @dataclass(eq=False)
 class _Group:
-    """A row group in memory; ``columns`` are ``None`` where it cannot be read."""
+    """A row group in memory; ``columns`` are ``None`` where it cannot be read. ``drawn``: its order of an epoch."""
 
     columns: dict[str, Column] | None
+    drawn: tuple[_EpochOrder, Array] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -263,7 +273,10 @@ class _Reader:
             if group.columns is None:
                 self.lost += upto - place
             else:
-                parts.append({name: own.part(place - start, upto - start) for name, own in group.columns.items()})
+                if group.drawn is None or group.drawn[0] is not self.order:
+                    group.drawn = self.order, self.order.inside(index)
+                rows = group.drawn[1][place - start : upto - start]
+                parts.append({name: own.take(rows) for name, own in group.columns.items()})
                 places.append(np.arange(place, upto) - begin)
             place = upto
         return parts, np.concatenate(places)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from click.testing import CliRunner
+from torch import Tensor
 
 pytest.importorskip("torchrec", reason="TorchRec is not installed: make install-torchrec")
 
@@ -64,7 +65,10 @@ def copy_weights(core: RankingModel, trainer: Trainer, config: dict[str, Any]) -
         tables = getattr(core.embedding, kind)
         for place, name in enumerate(names):
             weight, target = tables.table(place), f"embeddings.embeddings.{name}.weight"
-            state[target].local_shards()[0].tensor[: weight.shape[0], : weight.shape[1]] = weight.detach()
+            # Sharded, or one copy on every rank.
+            place_of = state[target] if isinstance(state[target], Tensor) else state[target].local_shards()[0].tensor
+            with torch.no_grad():
+                place_of[: weight.shape[0], : weight.shape[1]] = weight
             copied.add(target)
     for name, weight in core.state_dict().items():
         part, _, rest = name.partition(".")

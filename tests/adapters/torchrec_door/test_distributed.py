@@ -152,3 +152,19 @@ def test_a_killed_rank_ends_the_run_and_a_broken_checkpoint_is_not_used(data: Pa
     assert f"resumed from {saved[-2]}" in done.stdout
     assert losses(folder) == pytest.approx(losses(whole), rel=1e-6)
     assert result(folder)["metrics"] == pytest.approx(result(whole)["metrics"], rel=1e-6)
+
+
+def test_adamw_of_all_rows_is_the_same_on_two_processes_and_goes_on_where_it_stopped(data: Path) -> None:
+    def given(name: str, **run: Any) -> Path:
+        plain = retrieval_options(data, output_dir=str(data / name), epochs=2, eval_every=5, **run)
+        plain["optim"] |= {"tables": "dense_adamw", "table_lr": 0.01, "table_weight_decay": 0.1, "clip_norm": 1.0}
+        return write_config(data / f"{name}.yaml", plain)
+
+    done = train(given("copy-1"), 1)
+    assert "replicated" in done.stdout
+    train(given("copy-2", max_steps=7), 2)
+    train(given("copy-2"), 2)
+    curve = losses(data / "copy-1")
+    assert list(curve) == list(range(1, 13)) and curve[1] > 1.2 * curve[12]
+    assert losses(data / "copy-2") == pytest.approx(curve, rel=1e-4)
+    same_metrics(result(data / "copy-2")["metrics"], result(data / "copy-1")["metrics"])
