@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -37,7 +38,7 @@ def compiled(dtype: torch.dtype, width: int, tile: hopper.HopperTile) -> Any:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     signature = {"out_ptr": f"*{name}", "work_ptr": "*i64"}
     for argument, rows in (("q_desc", 64), ("k_desc", tile.block_n), ("v_desc", tile.block_n)):
-        layout = hopper._shared_layout(rows, width, dtype)
+        layout = hopper.shared_layout(rows, width, dtype)
         signature[argument] = f"tensordesc<{name}[{rows}, {width}],{layout!r}>"
     numbers = ("items", "q_head_stride", "k_head_stride", "v_head_stride")
     signature |= dict.fromkeys(numbers, "i32") | {"alpha": "fp32", "scale": "fp32"}
@@ -53,6 +54,19 @@ def compiled(dtype: torch.dtype, width: int, tile: hopper.HopperTile) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers and bytes of stack of a thread, as the assembler says."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not os.access(tool, os.X_OK):
+        pytest.skip("this Triton ships no cuobjdump")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    listing = subprocess.run(
+        [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", listing)}
+
+
 @pytest.mark.parametrize(("width", "tile"), [(w, t) for w, tiles in hopper.TILES.items() for t in tiles], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fetches_by_the_copy_engine_and_fits(
@@ -66,18 +80,52 @@ def test_fetches_by_the_copy_engine_and_fits(
     assert "tanh.approx.f32" in code
     assert kernel.metadata.shared <= 227 * 1024
     assert kernel.metadata.global_scratch_size == 0, "a launch by addresses alone has no memory to offer"
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not os.access(tool, os.X_OK):
-        pytest.skip("this Triton ships no cuobjdump")
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    listing = subprocess.run(
-        [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    used = dict(re.findall(r"\b(REG|STACK):(\d+)", listing))
-    assert int(used["STACK"]) == 0
+    used = resources(kernel, tmp_path)
+    assert used["STACK"] == 0
     # Twelve warps of a program: 65,536 registers of a multiprocessor.
-    assert int(used["REG"]) <= 168
+    assert used["REG"] <= 168
+
+
+@functools.cache
+def compiled_target(out: str, tile: hopper.HopperTile) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from hstu_kernels.attention.triton.hopper_target import hopper_target_kernel
+
+    signature = {"out_ptr": f"*{out}", "work_ptr": "*i64"}
+    for argument in ("q_desc", "k_desc", "v_desc", "cache_k_desc", "cache_v_desc"):
+        rows = 64 if argument == "q_desc" else tile.block_n
+        signature[argument] = f"tensordesc<bf16[{rows}, 128],{hopper.shared_layout(rows, 128, torch.bfloat16)!r}>"
+    strides = [name for name in hopper_target_kernel.arg_names if name.endswith("_stride")]
+    signature |= dict.fromkeys((*strides, "pieces", "piece_blocks", "total_rows"), "i32")
+    signature |= {"alpha": "fp32", "scale": "fp32"}
+    sizes = {"BLOCK_N": tile.block_n, "STAGES": tile.stages, "SPLIT_BLOCKS": 2048 // tile.block_n}
+    constants = {"HEADS": 4, "D": 128, **sizes}
+    signature |= dict.fromkeys(constants, "constexpr")
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, argument in enumerate(hopper_target_kernel.arg_names)
+        if argument.endswith(("_ptr", "_stride"))
+    }
+    source = GluonASTSource(fn=hopper_target_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+@pytest.mark.parametrize("out", ["bf16", "fp32"])
+def test_cached_scoring_fetches_by_the_copy_engine_and_fits(out: str, tmp_path: Path) -> None:
+    from hstu_kernels.attention.triton.hopper_target_launch import TARGET_TILES
+
+    kernel = compiled_target(out, TARGET_TILES[128])
+    code = kernel.asm["ptx"]
+    # q twice, own keys and values, cached ones, 64 columns at a time.
+    assert code.count("cp.async.bulk.tensor") == 12
+    assert code.count("setmaxnreg") >= 3
+    assert kernel.metadata.shared <= 227 * 1024
+    assert kernel.metadata.global_scratch_size == 0, "a launch by addresses alone has no memory to offer"
+    used = resources(kernel, tmp_path)
+    assert used["STACK"] == 0
+    assert used["REG"] <= 168
 
 
 @pytest.mark.parametrize("tile", hopper.TILES[128], ids=str)

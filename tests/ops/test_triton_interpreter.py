@@ -13,6 +13,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("file", ["interpreted_schedule.py", "interpreted_pieces.py", "interpreted_triton.py"])
+@pytest.mark.parametrize(
+    "file", ["interpreted_schedule.py", "interpreted_pieces.py", "interpreted_targets.py", "interpreted_triton.py"]
+)
 def test_kernels_in_the_interpreter(file: str) -> None:
     passes_interpreted(file)

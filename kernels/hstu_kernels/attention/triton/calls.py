@@ -148,10 +148,14 @@ class Call:
 
     def hopper(self, out: Tensor) -> bool:
         """Write the forward's result by the kernel that is for Hopper alone; ``False``: not a call for it."""
-        kernel = self._kit.hopper
-        if kernel is None or self.tiles is not self._kit.tiles:
+        kit = self._kit
+        if not kit.plain or self.tiles is not kit.tiles:
             return False
-        return kernel.launch(self.inputs, out, direct=self._direct)
+        if kit.hopper is None:
+            # Not before a forward asks: it may have a list written, which calls of the backward alone do not read.
+            kit.hopper = hopper_forward(*self.inputs, self._plan, kit.alpha, kit.scale)
+            kit.plain = kit.hopper is not None
+        return kit.hopper is not None and kit.hopper.launch(self.inputs, out, direct=self._direct)
 
     def launch(
         self,
@@ -202,13 +206,14 @@ class _Kit:
         self.alpha = 1.0 if self.vanishes else float(alpha)
         fitted, strides = _fit(q, k, v, self.vanishes)
         self.fits = all(x is y for x, y in zip(fitted, (q, k, v), strict=True))
-        self.numbers = (*strides, self.alpha, float(scale))
+        self.scale = float(scale)
+        self.numbers = (*strides, self.alpha, self.scale)
         self.tiles = _tiles_of(q, v, plan, biased=pos_table is not None or time_table is not None)
         self.facts = facts_of(q, v, plan.layout.contextual_seq_len, pos_table, time_table)
         self.jobs: dict[tuple[str, int, torch.dtype | None], Job] = {}
+        # Whether the forward may have a kernel of its own, and that kernel, once a forward asked.
+        self.plain = pos_table is None and time_table is None and self.rows > 0
         self.hopper: HopperForward | None = None
-        if pos_table is None and time_table is None and self.rows:
-            self.hopper = hopper_forward(*fitted, plan, self.alpha, float(scale))
 
 
 class Job:

@@ -38,7 +38,7 @@ def _read_line(work_ptr, index):
 
 
 @gluon.jit
-def _item(turn, programs, program):
+def snake(turn, programs, program):
     """To and fro, so that who took the most of one turn takes the least of the next."""
     return turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
 
@@ -69,7 +69,7 @@ def _fetch(
     fetched = program * 0
     tiles = program * 0
     for turn in range((items + programs - 1) // programs):
-        item = _item(turn, programs, program)
+        item = snake(turn, programs, program)
         if item < items:
             head = item % HEADS
             start, _length, row, full_origin, full, edge_origin, blocks = _read_line(work_ptr, item // HEADS)
@@ -98,22 +98,28 @@ def _fetch(
 
 
 @gluon.jit
-def _weights(logits, begin, row, half_alpha, edge, P_LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """SiLU of ``alpha * logits [64, N]`` as the operand of the next product; 0 behind a row's own column."""
+def silu_of(logits, half_alpha):
+    """SiLU of ``alpha * logits``."""
     half = logits * half_alpha
     tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1)
-    weights = half * tanh + half
+    return half * tanh + half
+
+
+@gluon.jit
+def weights_of(logits, begin, last, half_alpha, edge, P_LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
+    """SiLU of ``alpha * logits [64, N]`` as the operand of the next product; 0 behind column ``last [64, 1]``.
+
+    ``begin``: the first column. ``edge``: whether some lie behind.
+    """
+    weights = silu_of(logits, half_alpha)
     if edge:
-        LAYOUT: gl.constexpr = logits.type.layout
-        rows = row + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, LAYOUT))
-        cols = begin + gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-        # Keys behind the end lie behind every row that is written, whatever another sequence holds there.
-        weights = gl.where(gl.expand_dims(cols, 0) <= gl.expand_dims(rows, 1), weights, 0.0)
+        cols = begin + gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, logits.type.layout))
+        weights = gl.where(gl.expand_dims(cols, 0) <= last, weights, 0.0)
     return gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
 
 
 @gluon.jit
-def _clear_behind(values, begin, length):
+def clear_behind(values, begin, length):
     """Zeros for rows of another sequence: a weight of 0 does not hide what is no number."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     x = values.load(LAYOUT)
@@ -152,12 +158,14 @@ def _multiply(
     used = program * 0
     tiles = program * 0
     for turn in range((items + programs - 1) // programs):
-        item = _item(turn, programs, program)
+        item = snake(turn, programs, program)
         if item < items:
             head = item % HEADS
             start, length, tile, full_origin, full, edge_origin, blocks = _read_line(work_ptr, item // HEADS)
             row = tile + group * GROUP_ROWS
             if blocks > 0:
+                # Keys behind the end lie behind every row that is written, whatever another sequence holds there.
+                last_seen = gl.expand_dims(row + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
                 mbarrier.wait(q_full, tiles & 1)
                 tiles += 1
                 q = q_buffer.index(group)
@@ -167,7 +175,7 @@ def _multiply(
                 logits = warpgroup_mma_wait(0, deps=(logits,))
                 mbarrier.arrive(k_free.index(slot), count=1)
                 begin = _block_begin(0, full_origin, full, edge_origin, BLOCK_N)
-                p = _weights(logits, begin, row, half_alpha, full <= 0, P_LAYOUT, DTYPE)
+                p = weights_of(logits, begin, last_seen, half_alpha, full <= 0, P_LAYOUT, DTYPE)
                 acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
                 for i in range(1, blocks):
                     ahead = used + 1
@@ -180,7 +188,7 @@ def _multiply(
                     logits = warpgroup_mma_wait(1, deps=(coming,))
                     mbarrier.arrive(k_free.index(next_slot), count=1)
                     begin = _block_begin(i, full_origin, full, edge_origin, BLOCK_N)
-                    following = _weights(logits, begin, row, half_alpha, i >= full, P_LAYOUT, DTYPE)
+                    following = weights_of(logits, begin, last_seen, half_alpha, i >= full, P_LAYOUT, DTYPE)
                     acc = warpgroup_mma_wait(0, deps=(growing,))
                     mbarrier.arrive(v_free.index(slot), count=1)
                     p = following
@@ -190,7 +198,7 @@ def _multiply(
                 mbarrier.wait(v_full.index(slot), (used // STAGES) & 1)
                 # Only the last block can reach over the end.
                 if begin + BLOCK_N > length:
-                    _clear_behind(v_buffer.index(slot), begin, length)
+                    clear_behind(v_buffer.index(slot), begin, length)
                 last = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(last,))
                 mbarrier.arrive(v_free.index(slot), count=1)
@@ -239,7 +247,7 @@ def _second_group(
 
 
 @gluon.jit
-def _ring(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+def ring(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(bars.index(i), count=ARRIVALS)
@@ -271,9 +279,9 @@ def hopper_fwd_kernel(
     q_buffer = gl.allocate_shared_memory(q_desc.dtype, [2, GROUP_ROWS, D], q_desc.layout)
     k_buffer = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
     v_buffer = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
-    q_full, q_free = _ring(1, 1).index(0), _ring(1, 2).index(0)
-    k_full, k_free = _ring(STAGES, 1), _ring(STAGES, 2)
-    v_full, v_free = _ring(STAGES, 1), _ring(STAGES, 2)
+    q_full, q_free = ring(1, 1).index(0), ring(1, 2).index(0)
+    k_full, k_free = ring(STAGES, 1), ring(STAGES, 2)
+    v_full, v_free = ring(STAGES, 1), ring(STAGES, 2)
     fence_async_shared()
     buffers = (q_buffer, k_buffer, v_buffer)
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)

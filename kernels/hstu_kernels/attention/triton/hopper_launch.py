@@ -17,9 +17,9 @@ from hstu_kernels.triton.launcher import Argument, Panel, Ready, Variant
 # The Gluon interface may change with each Triton: only those for which the kernel was written and tested.
 _TRITONS = ("3.6.",)
 BLOCK_M = 128
-_GROUP_ROWS = 64
+GROUP_ROWS = 64
 # Coordinates of the copy engine have 32 bits.
-_MOST_COLUMNS = 1 << 31
+MOST_COLUMNS = 1 << 31
 # `schedule` mixes so many sequences at most.
 _MOST_MIXED = 64
 
@@ -56,7 +56,7 @@ def hopper_forward(
         return None
     if q.dtype.itemsize != 2 or not q.is_cuda or not same_bits(q.get_device()) or not available():
         return None
-    if any(x.shape[1] * x.stride(1) >= _MOST_COLUMNS for x in (q, k, v)):
+    if any(x.shape[1] * x.stride(1) >= MOST_COLUMNS for x in (q, k, v)):
         return None
     return HopperForward(q, plan, tile, alpha, scale)
 
@@ -89,7 +89,7 @@ class HopperForward:
         self._items = self._work.shape[0] * q.shape[1]
         # Programs that stay need tiles in one order; without it the device deals them out, one to a program.
         stay = plan.total_rows <= MIXED_ROWS and plan.layout.batch_size <= _MOST_MIXED
-        self._programs = programs or (min(self._items, _multiprocessors(q.get_device())) if stay else self._items)
+        self._programs = programs or (min(self._items, multiprocessors(q.get_device())) if stay else self._items)
         self._kernel = _variant(q.shape[1], q.shape[2], tile.block_n, tile.stages)
         self._ready: Ready | None = None
 
@@ -115,23 +115,27 @@ class HopperForward:
 
     def _panels(self, inputs: tuple[Tensor, ...]) -> tuple[Panel, ...] | None:
         found = []
-        for x, rows in zip(inputs, (_GROUP_ROWS, self._tile.block_n, self._tile.block_n), strict=True):
+        for x, rows in zip(inputs, (GROUP_ROWS, self._tile.block_n, self._tile.block_n), strict=True):
             plain = panels((x,), rows)
             if plain is None:
                 return None
-            panel = plain[0]
-            layout = _shared_layout(rows, x.shape[2], x.dtype)
-            found.append(Panel(panel.base, panel.shape, panel.strides, panel.block_shape, layout))
+            found.append(described(plain[0], rows, x))
         return tuple(found)
 
 
+def described(panel: Panel, rows: int, x: Tensor) -> Panel:
+    """The panel of ``x [L, H, D]`` for blocks of ``rows``, with their layout in shared memory."""
+    layout = shared_layout(rows, x.shape[2], x.dtype)
+    return Panel(panel.base, panel.shape, panel.strides, panel.block_shape, layout)
+
+
 @functools.lru_cache(maxsize=64)
-def _multiprocessors(device: int) -> int:
+def multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.lru_cache(maxsize=64)
-def _shared_layout(rows: int, width: int, dtype: torch.dtype) -> object:
+def shared_layout(rows: int, width: int, dtype: torch.dtype) -> object:
     from triton.experimental.gluon import language as gl
 
     kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]

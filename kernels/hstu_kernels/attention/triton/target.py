@@ -9,9 +9,29 @@ the sum, and a long history can be cut into stretches whose sums add up.
 import triton
 import triton.language as tl
 
-from hstu_kernels.attention.triton.primitives import add_bias, load_tile, load_times, silu, store_tile
+from hstu_kernels.attention.triton.primitives import add_bias, load_tile, load_times, scaled_silu, silu, store_tile
 from hstu_kernels.attention.triton.target_keys import add_history
 from hstu_kernels.attention.triton.target_sums import find_tile
+
+
+@triton.jit
+def _own_weights(q, own_k, history_end, row_times, pos_ptr, time_ptr, bounds_ptr, alpha, SHAPE: tl.constexpr):
+    """``[M, 1]``: what each target weighs for itself."""
+    BLOCK_M: tl.constexpr = SHAPE.block_m
+    BIASED: tl.constexpr = SHAPE.reach >= 0 or SHAPE.buckets >= 0
+    if SHAPE.warps > 0 and SHAPE.qk_dim == 128 and SHAPE.v_dim == 128 and not BIASED:
+        # By the product of `hopper_target`, whose bits these are to be.
+        rows = tl.arange(0, BLOCK_M)
+        products = tl.dot(q, tl.trans(own_k))
+        own = tl.sum(tl.where(rows[:, None] == rows[None, :], products, 0.0), 1)[:, None]
+        weights = scaled_silu(own, alpha, SHAPE)
+    else:
+        own = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1)[:, None] * alpha
+        place = (tl.zeros([BLOCK_M], tl.int32) + history_end)[:, None]
+        times = row_times[:, None]
+        own = add_bias(own, place, place, times, times, history_end, pos_ptr, time_ptr, bounds_ptr, SHAPE)
+        weights = silu(own, SHAPE)
+    return weights
 
 
 @triton.jit
@@ -51,6 +71,12 @@ def _stretch(
     BLOCK_M: tl.constexpr = SHAPE.block_m
     BLOCK_V: tl.constexpr = SHAPE.block_v
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if split == 0:
+        # [M, Dqk], [M, Dv]
+        own_k = load_tile(k_ptr, k_row_stride, begin, length, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
+        own_v = load_tile(v_ptr, v_row_stride, begin, length, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, True)
+        acc = _own_weights(q, own_k, history_end, row_times, pos_ptr, time_ptr, bounds_ptr, alpha, SHAPE)
+        acc *= own_v.to(tl.float32)
     if together:
         acc = add_history(
             acc,
@@ -108,15 +134,6 @@ def _stretch(
             SPLIT_ROWS,
             1,
         )
-    if split == 0:
-        # [M, Dqk], [M, 1], [M, Dv]
-        own_k = load_tile(k_ptr, k_row_stride, begin, length, BLOCK_M, SHAPE.qk_dim, SHAPE.block_qk, True)
-        own = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1)[:, None] * alpha
-        place = (tl.zeros([BLOCK_M], tl.int32) + history_end)[:, None]
-        times = row_times[:, None]
-        own = add_bias(own, place, place, times, times, history_end, pos_ptr, time_ptr, bounds_ptr, SHAPE)
-        own_v = load_tile(v_ptr, v_row_stride, begin, length, BLOCK_M, SHAPE.v_dim, SHAPE.block_v, True)
-        acc += silu(own, SHAPE) * own_v.to(tl.float32)
     return acc
 
 

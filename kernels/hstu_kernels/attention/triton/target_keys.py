@@ -163,10 +163,10 @@ def add_history(
             COLUMNS,
             False,
         )
-    # The first stretch has them all: the prefix, the block in which the window begins, and the history's last one.
-    before_full = prefix_blocks + full - first
-    edges = before_full + tl.maximum(tl.cdiv(history_end, BLOCK_N) - full_end, 0)
-    edges = tl.where(split == 0, edges, 0)
+    # The first stretch has the prefix and the block in which the window begins, the last one the history's last block.
+    before_full = tl.where(split == 0, prefix_blocks + full - first, 0)
+    last = tl.maximum(tl.cdiv(history_end, BLOCK_N) - full_end, 0)
+    edges = before_full + tl.where(full_end // SPLIT_BLOCKS == split, last, 0)
     for i in tl.range(edges, num_stages=STAGES):
         block = tl.where(i < prefix_blocks, i, first + i - prefix_blocks)
         block = tl.where(i < before_full, block, full_end + i - before_full)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hstu_kernels.attention.triton.arguments import Facts, Tables, addressable, facts_of, panels, shape_of
+from hstu_kernels.attention.triton.hopper_launch import multiprocessors
+from hstu_kernels.attention.triton.hopper_target_launch import fits, hopper_target_attention, tiles_of
 from hstu_kernels.attention.triton.schedule import device_boundaries
 from hstu_kernels.attention.triton.target import hstu_target_kernel
 from hstu_kernels.attention.triton.target_sums import hstu_target_bias_kernel, hstu_target_sum_kernel
@@ -19,6 +22,8 @@ from hstu_kernels.triton.launcher import Variant
 
 # Keys of a stretch, whose sums are added up. Never chosen by the batch: a number may not depend on others.
 SPLIT_ROWS = 2048
+# Tiles for each multiprocessor from which on Hopper's programs go through whole histories: they fill it as they are.
+_PLENTY = 2
 _BIAS_BLOCK = 256
 _SUM_ROWS, _SUM_COLUMNS = 8, 256
 _tile_set = functools.lru_cache(maxsize=64)(tile_set)
@@ -47,8 +52,8 @@ def triton_target_attention(
     time_table = None if bias is None else bias.time_table
     biased = pos_table is not None or time_table is not None
     rows, heads, qk_dim = q.shape
-    if tile is None:
-        tile = _tile_set(qk_dim, v.shape[2], q.dtype, biased=biased).forward
+    own_choice = tile is None
+    tile = tile or _tile_set(qk_dim, v.shape[2], q.dtype, biased=biased).forward
     row_times = key_times = bounds = None
     if bias is not None and bias.time_table is not None:
         assert bias.row_timestamps is not None and bias.timestamps is not None
@@ -63,10 +68,16 @@ def triton_target_attention(
         x, row, head = addressable(x)
         inputs.append(x)
         strides += (row, head)
-    described = panels((inputs[3], inputs[4]), tile.block_n)
-    facts = facts_of(q, v, cache.layout.contextual_seq_len, pos_table, time_table)
     batch, cached = layout.batch_size, cache.k.shape[0]
     offsets = (layout.seq_offsets, cache.layout.seq_offsets)
+    splits = max(1, -(-min(cache.layout.max_seq_len, cached) // split_rows))
+    if own_choice and not biased and fits(q, v, mask):
+        parts = (splits, split_rows)
+        if _by_hopper(inputs, cache, layout, out, parts, alpha=alpha, scale=scale):
+            return out
+    sums = None if splits == 1 else torch.empty(splits, *v.shape, dtype=torch.float32, device=v.device)
+    described = panels((inputs[3], inputs[4]), tile.block_n)
+    facts = facts_of(q, v, cache.layout.contextual_seq_len, pos_table, time_table)
     bias_arrays = (*_in_float32(pos_table, time_table), bounds, row_times, key_times)
     rab = None
     if biased:
@@ -74,8 +85,6 @@ def triton_target_attention(
         _variant("bias", None, split_rows, facts, tile, False)(
             cached // _BIAS_BLOCK + batch, (rab, *bias_arrays, *offsets), (batch,)
         )
-    splits = max(1, -(-min(cache.layout.max_seq_len, cached) // split_rows))
-    sums = None if splits == 1 else torch.empty(splits, *v.shape, dtype=torch.float32, device=v.device)
     slots = rows // tile.block_m + batch
     _variant("target", mask, split_rows, facts, tile, described is not None)(
         splits * slots * heads,
@@ -83,10 +92,49 @@ def triton_target_attention(
         (batch, slots, rows, *strides, float(alpha), float(scale)),
     )
     if sums is not None:
-        width = heads * v.shape[2]
-        programs = (rows // _SUM_ROWS + batch) * -(-width // _SUM_COLUMNS)
-        _adder(width, split_rows)(programs, (sums, out, *offsets), (batch, rows, float(scale)))
+        _add_stretches(sums, out, offsets, batch, float(scale), split_rows)
     return out
+
+
+def _by_hopper(
+    inputs: Sequence[Tensor],
+    cache: LayerKV,
+    layout: JaggedLayout,
+    out: Tensor,
+    parts: tuple[int, int],
+    *,
+    alpha: float,
+    scale: float,
+) -> bool:
+    """Write ``out`` by the kernel that is for Hopper alone, where it wins; which kernel runs changes no bit.
+
+    ``parts``: stretches of the longest history and rows of one.
+    """
+    splits, split_rows = parts
+    rows, heads, _ = out.shape
+    tiles, machine = tiles_of(layout, rows, heads), multiprocessors(out.get_device())
+    if tiles * splits < machine:
+        return False
+    sums = None
+    if splits > 1 and tiles < _PLENTY * machine:
+        sums = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+    if not hopper_target_attention(
+        inputs, cache.layout, layout, alpha=alpha, scale=scale, out=out, sums=sums, split_rows=split_rows
+    ):
+        return False
+    if sums is not None:
+        offsets = (layout.seq_offsets, cache.layout.seq_offsets)
+        _add_stretches(sums, out, offsets, layout.batch_size, float(scale), split_rows)
+    return True
+
+
+def _add_stretches(
+    sums: Tensor, out: Tensor, offsets: tuple[Tensor, Tensor], batch: int, scale: float, split_rows: int
+) -> None:
+    """Write ``out [T, H, Dv]``: the ``sums [stretches, T, H, Dv]`` in float32 that a history has, times ``scale``."""
+    rows, heads, width = out.shape
+    programs = (rows // _SUM_ROWS + batch) * -(-heads * width // _SUM_COLUMNS)
+    _adder(heads * width, split_rows)(programs, (sums, out, *offsets), (batch, rows, scale))
 
 
 @functools.lru_cache(maxsize=512)

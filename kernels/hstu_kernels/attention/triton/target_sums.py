@@ -5,6 +5,12 @@ import triton.language as tl
 
 from hstu_kernels.attention.triton.primitives import load_times, position_index, time_bucket
 
+# Of a line of a list: the user's first target and their number, the tile's first target, the user's first cached row
+# and their number. A list begins with the number of its lines.
+FIELDS = 5
+_FIELDS = tl.constexpr(FIELDS)
+_STEP = tl.constexpr(128)
+
 
 @triton.jit
 def find_tile(slot, offsets_ptr, batch_size, BLOCK_M: tl.constexpr):
@@ -92,3 +98,47 @@ def hstu_target_sum_kernel(
             part += total_rows.to(tl.int64) * WIDTH
             total += tl.load(sums_ptr + part, mask=inside, other=0.0)
         tl.store(out_ptr + at, (total * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch_size"])
+def hstu_target_list_kernel(
+    work_ptr,
+    offsets_ptr,
+    cache_offsets_ptr,
+    batch_size,
+    TILE: tl.constexpr,
+):
+    """``work [1 + lines, FIELDS]`` int64: tiles of TILE targets, longest histories first; one program for each user.
+
+    A user's tiles stand behind those of all who have a longer history, or as long a one and a smaller number.
+    """
+    user = tl.program_id(0)
+    start = tl.load(offsets_ptr + user)
+    length = (tl.load(offsets_ptr + user + 1) - start).to(tl.int32)
+    cache_start = tl.load(cache_offsets_ptr + user)
+    history = tl.load(cache_offsets_ptr + user + 1) - cache_start
+    place = user * 0
+    lines = user * 0
+    for begin in range(0, batch_size, _STEP):
+        other = begin + tl.arange(0, _STEP)
+        exists = other < batch_size
+        first = tl.load(offsets_ptr + other, mask=exists, other=0)
+        behind = tl.load(offsets_ptr + other + 1, mask=exists, other=0)
+        tiles = ((behind - first + TILE - 1) // TILE).to(tl.int32)
+        rows = tl.load(cache_offsets_ptr + other + 1, mask=exists, other=0)
+        rows -= tl.load(cache_offsets_ptr + other, mask=exists, other=0)
+        ahead = (rows > history) | ((rows == history) & (other < user))
+        place += tl.sum(tl.where(ahead, tiles, 0), 0)
+        lines += tl.sum(tiles, 0)
+    if user == 0:
+        tl.store(work_ptr, lines.to(tl.int64))
+    own = (length + TILE - 1) // TILE
+    for begin in range(0, own, _STEP):
+        tile = begin + tl.arange(0, _STEP)
+        exists = tile < own
+        line = work_ptr + (1 + place + tile).to(tl.int64) * _FIELDS
+        tl.store(line, start, mask=exists)
+        tl.store(line + 1, length.to(tl.int64), mask=exists)
+        tl.store(line + 2, (tile * TILE).to(tl.int64), mask=exists)
+        tl.store(line + 3, cache_start, mask=exists)
+        tl.store(line + 4, history, mask=exists)
