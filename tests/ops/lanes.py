@@ -68,9 +68,9 @@ class Warp:
             return self.registers[name]
         return np.zeros(32) if name == "0f00000000" else np.full(32, int(name, 0))
 
-    def _place(self, address: str, size: int = 4) -> Lanes:
+    def _place(self, address: str, active: Lanes, size: int = 4) -> Lanes:
         name, _, offset = address.strip("[]").partition("+")
-        place = (self._value(name) + int(offset or 0) - ORIGIN) // size
+        place = (self._value(name)[active] + int(offset or 0) - ORIGIN) // size
         if (place < 0).any() or (place >= len(self.memory)).any():
             raise Fault(address)
         return place
@@ -85,7 +85,7 @@ class Warp:
         kind, *parts = name.split(".")
         if kind == "red":
             size = 8 if parts[-1] == "u64" else 4
-            np.add.at(self.memory, self._place(names[0], size)[active], self._value(names[1])[active])
+            np.add.at(self.memory, self._place(names[0], active, size), self._value(names[1])[active])
         elif kind == "setp":
             also = self._value(names[3]) if "and" in parts else np.ones(32, bool)
             found = _COMPARE[parts[0]](self._value(names[1]), self._value(names[2]))
@@ -102,7 +102,7 @@ class Warp:
 
     def _result(self, kind: str, parts: list[str], names: list[str]) -> Lanes:
         if kind == "ld":
-            return self.memory[self._place(names[1])]
+            return self.memory[self._place(names[1], np.ones(32, bool))]
         values = [self._value(x) for x in names[1:]]
         if kind == "mov":
             return values[0]
@@ -110,6 +110,16 @@ class Warp:
             return np.rint(values[0]).astype(np.int64)
         if kind == "redux":
             return np.full(32, _TWO[parts[1]].reduce(values[0]))
+        if kind == "shf":
+            # Two registers side by side, turned by the low five bits of the third.
+            both, by = (values[1].astype(np.uint64) << np.uint64(32)) | values[0].astype(np.uint64), values[2] & 31
+            whole = both << by.astype(np.uint64) >> np.uint64(32) if parts[0] == "l" else both >> by.astype(np.uint64)
+            return (whole & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        if kind == "brev":
+            return np.array([int(f"{int(x):032b}"[::-1], 2) for x in values[0]])
+        if kind == "bfind":
+            assert parts == ["shiftamt", "u32"]
+            return np.array([32 - int(x).bit_length() for x in values[0]])
         if kind == "mad":
             return values[0] * values[1] + values[2]
         if kind == "selp":

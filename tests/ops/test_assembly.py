@@ -102,15 +102,18 @@ def test_sums_by_threshold(more: int) -> None:
 
 
 @pytest.mark.parametrize(("lowest", "highest"), [(0, 0), (5, 8), (3, 12), (0, 40), (17, 128)])
-def test_sums_by_bucket(lowest: int, highest: int) -> None:
+@pytest.mark.parametrize("columns", [32, 64])
+def test_sums_by_bucket(columns: int, lowest: int, highest: int) -> None:
     rng = np.random.default_rng(highest)
-    grad, bucket = random(ROWS, 64), rng.integers(lowest, highest + 1, (ROWS, 64))
+    grad, bucket = random(ROWS, columns), rng.integers(lowest, highest + 1, (ROWS, columns))
     # One warp meets fewer buckets than the others.
     bucket[:16] = np.minimum(bucket[:16], lowest + 1)
+    # Another only every fifth of them.
+    bucket[16:32] -= (bucket[16:32] - lowest) % 5
     sums, expected = np.zeros((129, WARPS)), np.zeros((129, WARPS))
     for warp in range(WARPS):
-        arguments = share(grad, warp), share(bucket, warp), everywhere(ORIGIN, 64)
-        Warp(sums.reshape(-1), warp).run(add_by_bucket(32), 8, *arguments)
+        arguments = share(grad, warp), share(bucket, warp), everywhere(ORIGIN, columns)
+        Warp(sums.reshape(-1), warp).run(add_by_bucket(columns // 2), columns // 8, *arguments)
         np.add.at(expected[:, warp], strip(bucket, warp), strip(grad, warp))
     np.testing.assert_allclose(sums, expected, atol=1e-12)
 

@@ -185,30 +185,34 @@ def add_by_threshold(elements: int, more: int) -> str:
 def add_by_bucket(elements: int) -> str:
     """Add sums by bucket to ``sums[bucket * warps + warp]``: ``(grad, bucket, sums)``; results say nothing.
 
-    Each warp goes through the buckets between its own lowest and highest, four at a time, and adds up in one order.
+    Each warp goes through the buckets that it meets, four at a time, and adds up in one order. Which it meets, modulo
+    32, is a set of bits: most warps that span many buckets meet half of them.
     """
     results = elements // 4
     grad, bucket = _operands(results, elements), _operands(results + elements, elements)
     sums = results + 2 * elements
-    names = ["low", "high", "lane", "warp", "warps", "x", "c0", "c1", "c2", "c3"]
+    names = ["low", "high", "lane", "warp", "warps", "x", "y", "met", "c0", "c1", "c2", "c3"]
     lines = [_registers("b32", names), _registers("pred", ["p0", "p1", "p2", "p3", "late", "upper", "writes", "more"])]
     lines += [_registers("f32", ["s0", "s1", "s2", "s3", "r", "s", "t"]), _registers("b64", ["a"])]
-    lines += [f"min.s32 low, ${bucket[0]}, ${bucket[1]}", f"max.s32 high, ${bucket[0]}, ${bucket[1]}"]
+    lines += [f"min.s32 low, ${bucket[0]}, ${bucket[1]}", f"max.s32 high, ${bucket[0]}, ${bucket[1]}", "mov.b32 met, 0"]
     for index in bucket[2:]:
         lines += [f"min.s32 low, low, ${index}", f"max.s32 high, high, ${index}"]
+    for index in bucket:
+        lines += [f"shf.l.wrap.b32 x, 0, 1, ${index}", "or.b32 met, met, x"]
     lines += [f"redux.sync.min.s32 low, low, {_WARP}", f"redux.sync.max.s32 high, high, {_WARP}"]
+    lines += [f"redux.sync.or.b32 met, met, {_WARP}"]
     lines += ["mov.u32 lane, %laneid", "mov.u32 warp, %tid.x", "shr.u32 warp, warp, 5", "mov.u32 warps, %ntid.x"]
     lines += ["shr.u32 warps, warps, 5", "and.b32 x, lane, 16", "setp.ne.b32 late, x, 0"]
     lines += ["and.b32 x, lane, 8", "setp.ne.b32 upper, x, 0", "and.b32 x, lane, 7", "setp.eq.b32 writes, x, 0"]
-    # From here on lane: which of four buckets this lane is left with.
-    lines += ["shr.u32 lane, lane, 3", "mov.b32 c0, low"]
+    lines += ["mov.b32 c0, low"]
     lines += ["AGAIN:"]
     for i in range(1, 4):
-        lines.append(f"add.s32 c{i}, c0, {i}")
+        lines += _next_met(f"c{i - 1}", f"c{i}")
     lines += [f"mov.b32 s{i}, 0f00000000" for i in range(4)]
     for element in range(elements):
         lines += [f"setp.eq.s32 p{i}, ${bucket[element]}, c{i}" for i in range(4)]
         lines += [f"@p{i} add.f32 s{i}, s{i}, ${grad[element]}" for i in range(4)]
+    # Each lane is left with one of the four.
     for kept, sent in (("s0", "s2"), ("s1", "s3")):
         lines += [f"selp.f32 s, {kept}, {sent}, late", f"shfl.sync.bfly.b32 r, s, 16, 31, {_WARP}"]
         lines += [f"selp.f32 s, {sent}, {kept}, late", f"add.f32 {kept}, s, r"]
@@ -216,10 +220,17 @@ def add_by_bucket(elements: int) -> str:
     lines += ["selp.f32 s, s1, s0, upper", "add.f32 t, s, r"]
     for distance in (4, 2, 1):
         lines += [f"shfl.sync.bfly.b32 r, t, {distance}, 31, {_WARP}", "add.f32 t, t, r"]
-    lines += ["add.s32 x, c0, lane", "mad.lo.s32 x, x, warps, warp", f"mad.wide.s32 a, x, 4, ${sums}"]
+    lines += ["selp.b32 x, c1, c0, upper", "selp.b32 y, c3, c2, upper", "selp.b32 x, y, x, late"]
+    lines += ["mad.lo.s32 x, x, warps, warp", f"mad.wide.s32 a, x, 4, ${sums}"]
     lines += ["setp.neu.and.f32 p0, t, 0f00000000, writes", "@p0 red.global.add.f32 [a], t"]
-    lines += ["add.s32 c0, c0, 4", "setp.le.s32 more, c0, high", "@more bra.uni AGAIN"]
+    lines += [*_next_met("c3", "c0"), "setp.le.s32 more, c0, high", "@more bra.uni AGAIN"]
     return _block(lines + [f"mov.b32 ${n}, 0" for n in range(results)])
+
+
+def _next_met(last: str, following: str) -> list[str]:
+    """``following``: the least number above ``last`` whose bit modulo 32 is in ``met``, which is not 0."""
+    lines = [f"add.s32 x, {last}, 1", "shf.r.wrap.b32 y, met, met, x", "brev.b32 y, y"]
+    return [*lines, "bfind.shiftamt.u32 y, y", f"add.s32 {following}, x, y"]
 
 
 def _add_over_warp(count: int, sums: int) -> list[str]:

@@ -18,7 +18,7 @@ from hstu_kernels.attention.triton.primitives import (
     store_sums,
     visible,
 )
-from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span, times_ahead
+from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span
 
 
 @triton.jit
@@ -59,7 +59,6 @@ def _add_rows(
     BLOCK_M: tl.constexpr = SHAPE.block_m
     V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
     rows = begin + tl.arange(0, BLOCK_M)
-    ahead = times_ahead(row_times_ptr, rows, seq_start, seq_len, SHAPE)
     # [M, Dqk], [M, Dv]: rows behind the end are 0 and add nothing.
     q = load_rows(
         q_ptr,
@@ -94,7 +93,6 @@ def _add_rows(
         begin,
         key_begin,
         key_times,
-        ahead,
         row_times_ptr,
         seq_start,
         seq_len,

@@ -18,7 +18,7 @@ from hstu_kernels.attention.triton.primitives import (
     store_sums,
     visible,
 )
-from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span, times_ahead
+from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span
 from hstu_kernels.attention.triton.rab_grad import add_positions, add_times
 
 
@@ -66,7 +66,6 @@ def _add_keys(
     """
     BLOCK_N: tl.constexpr = SHAPE.block_n
     cols = begin + tl.arange(0, BLOCK_N)
-    ahead = times_ahead(key_times_ptr, cols, seq_start, seq_len, SHAPE)
     # [N, Dqk], [N, Dv]
     k = load_rows(
         k_ptr,
@@ -101,7 +100,6 @@ def _add_keys(
         row_begin,
         begin,
         row_times,
-        ahead,
         key_times_ptr,
         seq_start,
         seq_len,
@@ -130,7 +128,6 @@ def _add_keys(
             rows[:, None],
             cols[None, :],
             row_times,
-            ahead,
             key_times_ptr,
             seq_start,
             seq_len,

@@ -108,13 +108,11 @@ def hstu_bwd_bias_kernel(
         _, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
         if more > SHAPE.few_buckets:
             cols = begin + tl.arange(0, BLOCK_N)
-            key_times = load_times(key_times_ptr, seq_start, cols, seq_len, SHAPE)
             # [M, N]
             rab = block_bias(
                 row_begin,
                 begin,
                 row_times,
-                key_times,
                 key_times_ptr,
                 seq_start,
                 seq_len,

@@ -14,7 +14,7 @@ from hstu_kernels.attention.triton.primitives import (
     store_sums,
     visible,
 )
-from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span, times_ahead
+from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span
 
 
 @triton.jit
@@ -87,7 +87,6 @@ def _add_keys(
         row_begin,
         begin,
         row_times,
-        times_ahead(key_times_ptr, cols, seq_start, seq_len, SHAPE),
         key_times_ptr,
         seq_start,
         seq_len,

@@ -109,24 +109,9 @@ def own_span(times, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def times_ahead(times_ptr, indices, seq_start, seq_len, SHAPE: tl.constexpr):
-    """Times of the block that comes: read for every block where the pipeline fetches them before they are needed."""
-    if SHAPE.times_ahead:
-        times = load_times(times_ptr, seq_start, indices, seq_len, SHAPE)
-    else:
-        times = indices
-    return times
-
-
-@triton.jit
-def times_of(own, ahead, times_ptr, rows, cols, seq_start, seq_len, SHAPE: tl.constexpr, KEYS_MOVE: tl.constexpr):
+def times_of(own, times_ptr, rows, cols, seq_start, seq_len, SHAPE: tl.constexpr, KEYS_MOVE: tl.constexpr):
     """Times in the shapes of ``rows`` and ``cols``: the tile's ``own`` are at hand, the moving side's are read."""
-    if SHAPE.times_ahead:
-        if KEYS_MOVE:
-            row_times, key_times = tl.expand_dims(own, 1), tl.expand_dims(ahead, 0)
-        else:
-            row_times, key_times = tl.expand_dims(ahead, 0), tl.expand_dims(own, 1)
-    elif KEYS_MOVE:
+    if KEYS_MOVE:
         row_times = tl.expand_dims(own, 1)
         key_times = load_times(times_ptr, seq_start, cols, seq_len, SHAPE)
     else:
@@ -351,7 +336,6 @@ def block_bias(
     row_begin,
     key_begin,
     own_times,
-    ahead,
     times_ptr,
     seq_start,
     seq_len,
@@ -368,8 +352,7 @@ def block_bias(
 ):
     """The bias of the block at ``row_begin`` and ``key_begin``, from tables of float32: ``[N, M]`` where rows move.
 
-    ``own_times`` are those of the side that owns the tile; the other side's at ``times_ptr`` are read where needed, or
-    are the ``times_ahead``.
+    ``own_times`` are those of the side that owns the tile; the other side's at ``times_ptr`` are read where needed.
     """
     FEW: tl.constexpr = SHAPE.few_buckets
     HEIGHT: tl.constexpr = SHAPE.block_m if KEYS_MOVE else SHAPE.block_n
@@ -380,9 +363,7 @@ def block_bias(
         if more == 0:
             rab = tl.broadcast_to(tl.load(time_ptr + lowest), HEIGHT, WIDTH)
         else:
-            row_times, key_times = times_of(
-                own_times, ahead, times_ptr, rows, cols, seq_start, seq_len, SHAPE, KEYS_MOVE
-            )
+            row_times, key_times = times_of(own_times, times_ptr, rows, cols, seq_start, seq_len, SHAPE, KEYS_MOVE)
             if more == 1:
                 rab = _few_buckets(row_times, key_times, row_high, key_low, lowest, time_ptr, bounds_ptr, SHAPE, 1)
             elif more <= FEW:

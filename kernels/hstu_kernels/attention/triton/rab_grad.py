@@ -6,19 +6,24 @@ import triton.language as tl
 from hstu_kernels.attention.triton.assembly import add_by_bucket, add_by_threshold, add_diagonals, constraints
 from hstu_kernels.attention.triton.rab import bucket_range, general_bucket, threshold, times_of
 
-# Sums of a thread's 32 elements of a block: what they add to comes last.
-_ONE_CLASS = tl.constexpr(add_by_threshold(32, 0))
-_ONE_CLASS_OPERANDS = tl.constexpr(constraints("r", 8, "f", "l", elements=32))
-_TWO_CLASSES = tl.constexpr(add_by_threshold(32, 1))
-_TWO_CLASSES_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "r", "r", "l", elements=32))
-_FOUR_CLASSES = tl.constexpr(add_by_threshold(32, 3))
-_FOUR_CLASSES_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "r", "r", "r", "r", "l", elements=32))
-_BY_BUCKET = tl.constexpr(add_by_bucket(32))
-_BY_BUCKET_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "l", elements=32))
-_DIAGONALS = tl.constexpr(add_diagonals(32))
-_DIAGONALS_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "l", "r", elements=32))
-_EXACT_DIAGONALS = tl.constexpr(add_diagonals(32, exact=True))
-_EXACT_DIAGONALS_OPERANDS = tl.constexpr(constraints("r", 8, "f", "r", "l", "r", "f", elements=32))
+# Sums of a thread's whole share of a block, by the columns of the block: what they add to comes last.
+_COLUMNS = (32, 64)
+_ONE_CLASS = tl.constexpr({n: add_by_threshold(n // 2, 0) for n in _COLUMNS})
+_TWO_CLASSES = tl.constexpr({n: add_by_threshold(n // 2, 1) for n in _COLUMNS})
+_FOUR_CLASSES = tl.constexpr({n: add_by_threshold(n // 2, 3) for n in _COLUMNS})
+_BY_BUCKET = tl.constexpr({n: add_by_bucket(n // 2) for n in _COLUMNS})
+_DIAGONALS = tl.constexpr({n: add_diagonals(n // 2) for n in _COLUMNS})
+_EXACT_DIAGONALS = tl.constexpr({n: add_diagonals(n // 2, exact=True) for n in _COLUMNS})
+
+
+def _operands(*arguments: str) -> tl.constexpr:
+    return tl.constexpr({n: constraints("r", n // 8, *arguments, elements=n // 2) for n in _COLUMNS})
+
+
+_ONE_CLASS_OPERANDS, _BY_BUCKET_OPERANDS = _operands("f", "l"), _operands("f", "r", "l")
+_TWO_CLASSES_OPERANDS = _operands("f", "r", "r", "r", "l")
+_FOUR_CLASSES_OPERANDS = _operands("f", "r", "r", "r", "r", "r", "l")
+_DIAGONALS_OPERANDS, _EXACT_DIAGONALS_OPERANDS = _operands("f", "r", "l", "r"), _operands("f", "r", "l", "r", "f")
 
 
 @triton.jit
@@ -27,7 +32,6 @@ def _add_times_by_warp(
     rows,
     cols,
     row_times,
-    ahead,
     key_times_ptr,
     seq_start,
     seq_len,
@@ -40,46 +44,49 @@ def _add_times_by_warp(
     SHAPE: tl.constexpr,
 ):
     """`add_times` to ``sums [entries, warps]``, a column a warp, of every block."""
+    N: tl.constexpr = SHAPE.block_n
     lowest, more = bucket_range(row_low, row_high, key_low, key_high, SHAPE)
     sums = (sums_ptr + lowest * SHAPE.warps).to(tl.int64, bitcast=True)
     if more == 0:
-        tl.inline_asm_elementwise(_ONE_CLASS, _ONE_CLASS_OPERANDS, [grad, sums], dtype=tl.int8, is_pure=False, pack=32)
+        tl.inline_asm_elementwise(
+            _ONE_CLASS[N], _ONE_CLASS_OPERANDS[N], [grad, sums], dtype=tl.int8, is_pure=False, pack=N // 2
+        )
     elif more <= SHAPE.few_buckets:
-        asked, known = times_of(row_times, ahead, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+        asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
         row, key = (asked - key_low).to(tl.int32), (known - key_low).to(tl.int32)
         farthest = row_high - key_low
         first = threshold(bounds_ptr, lowest, farthest, SHAPE)
         if more == 1:
             tl.inline_asm_elementwise(
-                _TWO_CLASSES,
-                _TWO_CLASSES_OPERANDS,
+                _TWO_CLASSES[N],
+                _TWO_CLASSES_OPERANDS[N],
                 [grad, row, key, first, sums],
                 dtype=tl.int8,
                 is_pure=False,
-                pack=32,
+                pack=N // 2,
             )
         else:
             tl.static_assert(SHAPE.few_buckets == 3)
             second = threshold(bounds_ptr, lowest + 1, farthest, SHAPE)
             third = threshold(bounds_ptr, lowest + 2, farthest, SHAPE)
             tl.inline_asm_elementwise(
-                _FOUR_CLASSES,
-                _FOUR_CLASSES_OPERANDS,
+                _FOUR_CLASSES[N],
+                _FOUR_CLASSES_OPERANDS[N],
                 [grad, row, key, first, second, third, sums],
                 dtype=tl.int8,
                 is_pure=False,
-                pack=32,
+                pack=N // 2,
             )
     else:
-        asked, known = times_of(row_times, ahead, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+        asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
         bucket = general_bucket(asked, known, row_low, row_high, key_low, key_high, bounds_ptr, SHAPE)
         tl.inline_asm_elementwise(
-            _BY_BUCKET,
-            _BY_BUCKET_OPERANDS,
+            _BY_BUCKET[N],
+            _BY_BUCKET_OPERANDS[N],
             [grad, bucket, sums_ptr.to(tl.int64, bitcast=True)],
             dtype=tl.int8,
             is_pure=False,
-            pack=32,
+            pack=N // 2,
         )
 
 
@@ -120,7 +127,6 @@ def add_times(
     rows,
     cols,
     row_times,
-    ahead,
     key_times_ptr,
     seq_start,
     seq_len,
@@ -143,7 +149,6 @@ def add_times(
             rows,
             cols,
             row_times,
-            ahead,
             key_times_ptr,
             seq_start,
             seq_len,
@@ -160,7 +165,7 @@ def add_times(
         if more == 0:
             sums += tl.where(tl.arange(0, ENTRIES) == lowest, tl.sum(tl.sum(grad, 1), 0), 0.0)
         elif more <= FEW:
-            asked, known = times_of(row_times, ahead, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
+            asked, known = times_of(row_times, key_times_ptr, rows, cols, seq_start, seq_len, SHAPE, True)
             if more == 1:
                 sums = _add_few(sums, grad, asked, known, row_high, key_low, lowest, bounds_ptr, SHAPE, ENTRIES, 1)
             else:
@@ -175,6 +180,7 @@ def add_positions(sums_ptr, factor_ptr, grad, rows, cols, row_begin, key_begin, 
     With ``factor_ptr``, a float32, the entries are int64 and hold so many times as much: their bits repeat.
     """
     BLOCK_M: tl.constexpr = SHAPE.block_m
+    N: tl.constexpr = SHAPE.block_n
     REACH: tl.constexpr = SHAPE.reach
     # Targets all stand at the history end: none of them lies on a diagonal.
     of_history = tl.where(rows[:, None] < history_end, grad, 0.0)
@@ -183,21 +189,21 @@ def add_positions(sums_ptr, factor_ptr, grad, rows, cols, row_begin, key_begin, 
         sums = sums_ptr.to(tl.int64, bitcast=True)
         if factor_ptr is not None:
             tl.inline_asm_elementwise(
-                _EXACT_DIAGONALS,
-                _EXACT_DIAGONALS_OPERANDS,
+                _EXACT_DIAGONALS[N],
+                _EXACT_DIAGONALS_OPERANDS[N],
                 [of_history, index, sums, 2 * REACH, tl.load(factor_ptr)],
                 dtype=tl.int8,
                 is_pure=False,
-                pack=32,
+                pack=N // 2,
             )
         else:
             tl.inline_asm_elementwise(
-                _DIAGONALS,
-                _DIAGONALS_OPERANDS,
+                _DIAGONALS[N],
+                _DIAGONALS_OPERANDS[N],
                 [of_history, index, sums, 2 * REACH],
                 dtype=tl.int8,
                 is_pure=False,
-                pack=32,
+                pack=N // 2,
             )
     else:
         _add_squares(sums_ptr, factor_ptr, of_history, row_begin, key_begin, SHAPE)

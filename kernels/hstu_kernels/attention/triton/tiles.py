@@ -57,7 +57,6 @@ class KernelShape:
         warps: of a program on Hopper, whose products of two bytes leave 16 rows to each; 0 elsewhere.
         few_buckets: a block whose times span at most that many thresholds compares with each of them.
         grad_stride: of the rows of dq, dk and dv, which may be columns of one wider matrix; 0: contiguous.
-        times_ahead: the pipeline fetches the times of every block ahead; otherwise a block that needs them reads them.
     """
 
     heads: int
@@ -78,12 +77,11 @@ class KernelShape:
     warps: int = 0
     few_buckets: int = 3
     grad_stride: int = 0
-    times_ahead: bool = False
 
     @property
     def sums_by_warp(self) -> bool:
-        """Whether each warp adds its own sums to the tables' gradients: a block gives each of its threads 32 logits."""
-        return self.block_n == 64 and self.block_m == 16 * self.warps
+        """Whether each warp adds its own sums to the tables' gradients: a block gives a thread 16 or 32 logits."""
+        return self.block_n in (32, 64) and self.block_m == 16 * self.warps
 
 
 def tile_set(
