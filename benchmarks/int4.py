@@ -5,7 +5,8 @@ in the same run; FBGEMM's INT4 lookup beside it where it is installed. ``sweep``
 ids and table sizes, each checked by itself. ``host``: a table in host memory, bytes and milliseconds of a request, and
 of M-FALCON requests that are fed from it; float16 beside INT4, copied, or read by the device. Each writes
 ``<output>.json``, ``<output>.csv`` and ``<output>.png``. On a GPU the operator's tests run before ``gather`` and
-``host``; when they fail, nothing is measured.
+``host``; when they fail, nothing is measured. ``--skip-tests`` is for who has just run them; each way is compared with
+the definition all the same.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     if options.op == "gather" and options.tile is not None and device.type != "cuda":
         raise SystemExit(f"--tile: expected --device cuda, whose Triton gather has tiles, got {device}")
-    if device.type == "cuda" and options.op in TESTS:
+    if device.type == "cuda" and options.op in TESTS and not options.skip_tests:
         run_tests(options.op)
     output = options.output or RESULTS / f"int4-{options.op}"
     kept = {key: value for key, value in vars(options).items() if key not in ("output", "commit")}
@@ -195,6 +196,8 @@ def _parser() -> argparse.ArgumentParser:
     fastest = "triton" if torch.cuda.is_available() else "auto"
     host.add_argument("--backend", default=fastest, help="of attention and gather")
     host.add_argument("--seconds", type=float, default=1.0, help="aim for each measurement")
+    for command in (gather, host):
+        command.add_argument("--skip-tests", action="store_true", help="they have just passed on this machine")
     for command in (gather, sweep, host):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--output", type=Path, help="path without suffix")

@@ -31,7 +31,8 @@ def gather_times(
 ) -> Iterator[Row]:  # fmt: skip
     """Times of the dequantising gather beside the copy bandwidth of the same run, one row for each way to do it.
 
-    Bytes are those the task needs: packed rows read and bfloat16 rows written; ids and added tables do not count. The
+    Bytes are those the task needs: packed rows read and bfloat16 rows written; ids and added tables do not count (24
+    and 16 bytes of ids a row with both terms, where ``-int32`` means theirs). The
     bound counts whole sectors of 32 bytes read instead, which no way can avoid. ``tile``: fields of a `GatherTile`
     other than the built-in one.
 
@@ -43,8 +44,8 @@ def gather_times(
         table = random_table(table_rows, dim, device)
         sets = random_ids(table_rows, ids, id_sets, device)
         actions, positions = dense_terms(dim, ids, device)
-        for name, way in _ways(table, actions, positions, device, tile).items():
-            terms = {"actions": actions, "positions": positions} if name.endswith("action-position") else {}
+        both = {"actions": actions, "positions": positions}
+        for name, (way, terms) in _ways(table, both, device, tile).items():
             _check(f"{name} at dim {dim}", way, table, sets[0], terms, _FBGEMM_ERROR if name == "fbgemm-tbe" else 0.0)
             calls = [lambda way=way, some=some: way(some) for some in sets]  # type: ignore[misc]
             # FBGEMM's rows begin on boundaries of 16 bytes.
@@ -100,23 +101,25 @@ def dense_terms(dim: int, ids: int, device: torch.device) -> tuple[AddedRows, Ad
 
 
 def _ways(
-    table: PackedRows, actions: AddedRows, positions: AddedRows, device: torch.device, tile: Mapping[str, int] | None
-) -> dict[str, GatherRows]:
-    ways: dict[str, GatherRows] = {"eager": lambda some: gather_rows(table, some, backend="eager")}
+    table: PackedRows, both: dict[str, AddedRows], device: torch.device, tile: Mapping[str, int] | None
+) -> dict[str, tuple[GatherRows, dict[str, AddedRows]]]:
+    """Each way with the terms that it adds; the kernel with ids of actions and positions in eight bytes and in four."""
     fast = "triton" if device.type == "cuda" else "eager"
+    forms: dict[str, dict[str, AddedRows]] = {"": {}, "-action-position": both}
     if fast == "triton":
-        ways["triton"] = lambda some: gather_rows(table, some, backend="triton")
-    ways[f"{fast}-action-position"] = lambda some: gather_rows(
-        table, some, actions=actions, positions=positions, backend=fast
-    )
-    if tile is not None:
-        own = GatherTile(**tile)
-        both = [(term.table, term.ids) for term in (actions, positions)]
-        ways |= {"triton": with_tile(table, [], own), "triton-action-position": with_tile(table, both, own)}
+        forms["-action-position-int32"] = {key: AddedRows(term.table, term.ids.int()) for key, term in both.items()}
+    ways = {f"{fast}{suffix}": (_way(table, terms, fast, tile), terms) for suffix, terms in forms.items()}
     fbgemm = _fbgemm(table)
     if fbgemm is not None:
-        ways["fbgemm-tbe"] = fbgemm
-    return ways
+        ways["fbgemm-tbe"] = fbgemm, {}
+    return {"eager": (_way(table, {}, "eager", None), {}), **ways}
+
+
+def _way(table: PackedRows, terms: Mapping[str, AddedRows], backend: str, tile: Mapping[str, int] | None) -> GatherRows:
+    if tile is not None:
+        return with_tile(table, [(term.table, term.ids) for term in terms.values()], GatherTile(**tile))
+    actions, positions = terms.get("actions"), terms.get("positions")
+    return lambda ids: gather_rows(table, ids, actions=actions, positions=positions, backend=backend)
 
 
 def with_tile(table: PackedRows, added: Sequence[tuple[Tensor, Tensor]], tile: GatherTile) -> GatherRows:

@@ -19,6 +19,7 @@ WAYS = {
     "eager": "PyTorch operations",
     "triton": "Triton",
     "triton-action-position": "Triton, + action + position",
+    "triton-action-position-int32": "Triton, + action + position, their ids int32",
     "fbgemm-tbe": "FBGEMM",
     "float16": "float16 rows",
     "int4": "int4 rows",

@@ -112,6 +112,13 @@ def test_nothing_is_measured_when_the_tests_fail(monkeypatch: pytest.MonkeyPatch
     }
 
 
+def test_the_tests_can_be_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(int4, "run_tests", lambda _: pytest.fail("the tests ran"))
+    monkeypatch.setattr(int4, "_measured", lambda options, device: iter(()))
+    for op in ("gather", "host"):
+        int4.main([op, "--device", "cuda", "--skip-tests", "--output", str(tmp_path / op)])
+
+
 def test_the_tests_that_run_first_exist() -> None:
     for files in int4.TESTS.values():
         for file in files:

@@ -24,6 +24,8 @@ pytestmark = [
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that this PyTorch can use")
 
 CASES = Path(__file__).with_name("interpreted_int4.py")
+# Triton 3.7 passes several units of a row between threads, through 2 KB of shared memory.
+PASSES_NOTHING = (triton_release() or (0, 0)) < (3, 7)
 SERVED = [case for case in GATHER_CASES if case.format is not RowFormat.FP8]
 
 
@@ -88,7 +90,8 @@ def test_memory_is_accessed_in_wide_steps(capability: int, dim: int) -> None:
     # Eight bfloat16 of a row at once, written and read; nothing is passed between threads on the way.
     assert re.search(r"st\.global\.v4\.b32", code)
     assert re.search(r"ld\.global\.v4\.b32", code)
-    assert kernel.metadata.shared == 0
+    if PASSES_NOTHING:
+        assert kernel.metadata.shared == 0
     # One fused operation for each element, that of the exact product; other products and sums are rounded apart.
     elements = 8 * TILE.units // (32 * TILE.warps)
     assert counted(code, "fma") == elements
@@ -101,8 +104,7 @@ def test_units_of_a_row_share_its_ids_and_its_scale() -> None:
     for words, rows in ((4, 1), (2, 2), (1, 4)):
         kernel = compiled(90, 128, tile=GatherTile(units=512, warps=4, words=words))
         assert kernel.asm["ptx"].count("ld.global") == 4 * rows + 3 * 4
-        if words == 1 or (triton_release() or (0, 0)) < (3, 7):
-            # Triton 3.7 passes several units of a row between threads, 2 KB of them: one reason for one as the default.
+        if words == 1 or PASSES_NOTHING:
             assert kernel.metadata.shared == 0
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
-from hstu_kernels.backend import Backend, CallFacts, resolve_backend
+from hstu_kernels.backend import Backend
+from hstu_kernels.dispatch import choose_backend
 
 
 def choose_places(ids: Tensor, scratch: Tensor) -> Tensor:
@@ -47,13 +48,7 @@ def read_host_rows(data: Tensor, ids: Tensor, chosen: Tensor, count: Tensor) -> 
         ValueError: ``data`` is not pinned.
         UnsupportedBackend: there is no Triton for the device.
     """
-    facts = CallFacts(
-        device_type=ids.device.type,
-        triton_release=triton_release(),
-        oldest_triton=OLDEST_TRITON,
-        interpreting=interpreting(),
-    )
-    resolve_backend(Backend.TRITON, facts)
+    choose_backend(Backend.TRITON, ids.device)
     if ids.is_cuda and not data.is_pinned():
         raise ValueError("data: expected rows in pinned host memory, which the device can read; call pin_memory()")
     from hstu_kernels.int4.triton.launch import triton_read_rows

@@ -48,7 +48,7 @@ def triton_gather(
     # A product with 1 changes nothing.
     kernel = _variant(shape, tile, item_scale != 1)
     kernel(
-        -(-ids.shape[0] * shape.code_units // shape.block_units),
+        -(-ids.shape[0] * shape.code_units // (shape.block_units * shape.steps)),
         (table.data.view(_UNITS[shape.unit_bytes]), ids.contiguous(), *terms, out),
         (ids.shape[0], table.num_rows, *counts, float(item_scale)),
     )

@@ -16,21 +16,21 @@ class GatherTile:
     """How the work is cut.
 
     Attributes:
-        units: that a program decodes, a power of two; four bytes of int4 codes are a unit, so 512 are 32 rows of
-            width 128, or 8 of width 512.
+        units: that a program decodes at a time, a power of two; four bytes of int4 codes are a unit, so 256 are 16
+            rows of width 128, or 4 of width 512.
         warps: of a program.
         words: units of one row that a thread takes, where the row divides into so many: they share the row's ids,
             scale, bias and addresses.
-        registers: of a thread, at most; ``None`` leaves them to the compiler. Fewer let more programs share a
-            multiprocessor, whose reads under way are what the gather is bound by.
-        streaming: tell the caches that packed rows and the result are not touched again.
+        registers: of a thread, at most; ``None`` leaves them to the compiler, which then keeps few and waits for some
+            rows of the added tables one after the other.
+        steps: times that a program decodes ``units``; the ids of the next time are read ahead.
     """
 
-    units: int = 512
-    warps: int = 4
-    words: int = 1
+    units: int = 256
+    warps: int = 2
+    words: int = 4
     registers: int | None = None
-    streaming: bool = False
+    steps: int = 1
 
     @property
     def launch_options(self) -> dict[str, Any]:
@@ -54,8 +54,8 @@ class GatherShape:
         code_units: those of them that hold codes.
         codes: codes in a unit.
         ragged: whether the last unit of a row has codes beyond ``dim``.
-        block_units: units of a program. words: units of a thread, a divisor of ``code_units``.
-        streaming: of the tile.
+        block_units: units of a program at a time. words: units of a thread, a divisor of ``code_units``.
+        steps: times.
     """
 
     dim: int
@@ -67,7 +67,7 @@ class GatherShape:
     ragged: bool
     block_units: int
     words: int
-    streaming: bool
+    steps: int
 
 
 def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
@@ -85,7 +85,7 @@ def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
         ragged=code_units * codes != table.dim,
         block_units=tile.units,
         words=math.gcd(tile.words, code_units),
-        streaming=tile.streaming,
+        steps=tile.steps,
     )
 
 
