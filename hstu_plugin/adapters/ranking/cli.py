@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hstu_plugin.adapters.input_errors import raised_by_us
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -234,19 +236,9 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        if not _is_about_input(error):
+        if not raised_by_us(error):
             raise
         raise click.ClickException(str(error)) from error
-
-
-def _is_about_input(error: BaseException) -> bool:
-    """Whether our own code raised it, as opposed to torch, pandas or Python."""
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return str(trace.tb_frame.f_globals.get("__name__", "")).startswith(("hstu_plugin", "hstu_kernels"))
 
 
 if __name__ == "__main__":
