@@ -226,6 +226,10 @@ def test_command_trains_reports_and_evaluates(recipe: Path, data_dir: Path, tmp_
         (["--set", "channels.a.actions=[click]", "--model", "hstu"], "channels: expected none for hstu"),
         (["--set", "channels.a.acts=[x]", "--model", "ultra-hstu"], "channels, a: unknown key 'acts'"),
         (["--set", "channels.a.actions=[buy]", "--model", "ultra-hstu"], "actions: expected names of action types"),
+        (
+            ["--set", "channels.a.actions=[click]", "--set", "head_users=true", "--model", "ultra-hstu"],
+            "got True; add head_users: false",
+        ),
         (["--set", "epochs"], "--set: expected name=value"),
         (["--device", "tpu9"], "--device: expected auto, cpu or cuda"),
         (["--seeds", "1,1"], "expected different numbers"),
