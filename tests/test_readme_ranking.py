@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import balance_quality, cost_report, mfalcon, synthetic_streaming, update_readme
 from benchmarks.ledger import append
+from hstu_plugin.adapters.ranking import report
 from hstu_plugin.records import write_json
 
+ROOT = Path(__file__).parents[1]
 WHERE = {"taken_at": "now", "commit": "0123456789ab", "device": "a GPU", "torch": "2.11", "triton": "3.6"}
 
 
@@ -97,3 +100,8 @@ def test_balance(tmp_path: Path) -> None:
     lines = table("balance", tmp_path)
     assert "| balanced | 2 | 0.2500 ± 0.0000 | 0.1875 ± 0.0884 | 1.010 | 1.030 | 0.750 |" in lines
     assert lines[-1].startswith("Recipe r, 3 epochs, 8 simulated ranks, alpha 1.7. a GPU")
+
+
+def test_the_ablation_in_the_documentation_is_the_recorded_one() -> None:
+    record = json.loads((ROOT / "benchmarks/results/kuairand-ablation.json").read_text(encoding="utf-8"))
+    assert report.comparison_markdown(record) in (ROOT / "docs/ranking.md").read_text(encoding="utf-8")

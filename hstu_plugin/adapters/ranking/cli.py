@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hstu_plugin.adapters.input_errors import raised_by_us
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -200,26 +202,33 @@ def recipes() -> None:
 
 
 @main.command("report", short_help="Show finished runs side by side.")
-@click.argument("runs", type=_PATH, nargs=-1, required=True, metavar="RUN...")
+@click.argument("files", type=_PATH, nargs=-1, required=True, metavar="RUN...")
 @click.option("--markdown", is_flag=True, help="Print a table for a README.")
 @click.option("--record", type=_PATH, help="Write the comparison to this JSON file.")
 @click.option("--curve", type=_PATH, help="Draw the learning curves into this PNG.")
-def report_command(runs: Sequence[Path], markdown: bool, record: Path | None, curve: Path | None) -> None:
-    """Show finished runs (folders, or their result.json) side by side."""
+def report_command(files: Sequence[Path], markdown: bool, record: Path | None, curve: Path | None) -> None:
+    """Show finished runs (folders, or their result.json) side by side, or a recorded comparison."""
     with _readable_errors():
         from hstu_plugin.adapters.ranking import report
         from hstu_plugin.records import write_json
 
-        records = [report.read_record(path) for path in runs]
-        comparison = report.compare(records)
+        read = [report.read_record(path, (report.RUN_FORMAT, report.COMPARISON_FORMAT)) for path in files]
+        runs = [one for one in read if one["format"] == report.RUN_FORMAT]
+        comparisons = [one for one in read if one["format"] == report.COMPARISON_FORMAT]
+        for name, given in (("record", record), ("curve", curve)):
+            if given and not runs:
+                raise click.UsageError(f"--{name}: none of the files is a run")
+        if runs:
+            comparisons.append(report.compare(runs))
         if record:
-            write_json(record, comparison)
+            write_json(record, comparisons[-1])
         if curve:
-            report.learning_curve(records, curve)
-        if markdown:
-            click.echo(report.comparison_markdown(comparison))
-        else:
-            _console().print(report.comparison_tables(comparison))
+            report.learning_curve(runs, curve)
+        for comparison in comparisons:
+            if markdown:
+                click.echo(report.comparison_markdown(comparison))
+            else:
+                _console().print(report.comparison_tables(comparison))
 
 
 def _console() -> Console:
@@ -234,19 +243,9 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        if not _is_about_input(error):
+        if not raised_by_us(error):
             raise
         raise click.ClickException(str(error)) from error
-
-
-def _is_about_input(error: BaseException) -> bool:
-    """Whether our own code raised it, as opposed to torch, pandas or Python."""
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return str(trace.tb_frame.f_globals.get("__name__", "")).startswith(("hstu_plugin", "hstu_kernels"))
 
 
 if __name__ == "__main__":

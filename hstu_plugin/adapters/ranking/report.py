@@ -70,8 +70,8 @@ def run_record(
     }
 
 
-def read_record(path: Path) -> Record:
-    """A run's record, from its file or its directory.
+def read_record(path: Path, formats: Sequence[str] = (RUN_FORMAT,)) -> Record:
+    """A run's record, from its file or its directory, or a comparison where ``formats`` say so.
 
     Raises:
         ReportError: it cannot be read, or is none.
@@ -84,8 +84,8 @@ def read_record(path: Path) -> Record:
     except ValueError as error:
         raise ReportError(f"{path}: not JSON ({error})") from None
     found = record.get("format") if isinstance(record, dict) else None
-    if found != RUN_FORMAT:
-        raise ReportError(f"{path}: expected a file of format {RUN_FORMAT}, got {found!r}")
+    if found not in formats:
+        raise ReportError(f"{path}: expected a file of format {' or '.join(formats)}, got {found!r}")
     if record["format_version"] > FORMAT_VERSION:
         raise ReportError(f"{path}: written by a newer hstu-plugin (format version {record['format_version']})")
     return dict(record)

@@ -135,7 +135,10 @@ class RankSettings:
         if self.channels and (self.model is not ModelName.ULTRA_HSTU or self.token_form is TokenForm.INTERLEAVED):
             raise ValueError(f"channels: expected none for {self.model} of {self.token_form} tokens, got some")
         if self.channels and self.head_users:
-            raise ValueError("head_users: expected False for a mixture of transducers, got True")
+            raise ValueError(
+                "head_users: expected False for a mixture of transducers, whose head reads channels alone, got True; "
+                "add head_users: false (--set head_users=false)"
+            )
         self.mixture(num_features=0, num_series=0)
 
     @property

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hstu_plugin.adapters.input_errors import raised_by_us
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -98,7 +100,8 @@ def train(words: Sequence[str], seeds: tuple[int, ...] | None, nproc: int, **opt
     if nproc > 1:
         raise click.UsageError(
             "--nproc: this command trains in one process: RecBole's metrics are wrong when several share the users. "
-            "To keep several GPUs busy, start one command for each, with --gpu_id=0, --gpu_id=1, ..."
+            "To keep several GPUs busy, start one command for each, with --gpu_id=0, --gpu_id=1, ...; to train one "
+            "model on several, make data with hstu-torchrec-data and start torchx run hstu.train (docs/torchrec.md)"
         )
     console = _console()
     with _readable_errors():
@@ -328,19 +331,9 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if not _is_about_input(error):
+        if not raised_by_us(error):
             raise
         raise click.ClickException(str(error)) from error
-
-
-def _is_about_input(error: BaseException) -> bool:
-    """Whether our own code raised it, as opposed to RecBole, torch or Python."""
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return str(trace.tb_frame.f_globals.get("__name__", "")).startswith(("hstu_plugin", "hstu_kernels"))
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ class ExactTimeDataset(SequentialDataset):  # type: ignore[misc]
             if key == "TIME_FIELD":
                 help_ = (
                     "; name the right column in TIME_FIELD and load_col, or, if there is no time and the lines of the "
-                    "file are in order, set `TIME_FIELD: ~` and, for HSTU, `time_bias: False` (position bias only)"
+                    "file are in order, set `TIME_FIELD: ~` and, for HSTU, `time_bias: False` (position bias only; "
+                    "on the command line --TIME_FIELD=None --time_bias=False)"
                 )
             raise ValueError(f"{path}: expected the column {name!r} ({key}), {where}{help_}")
         if self.time_field is not None and types[self.time_field] != "float":

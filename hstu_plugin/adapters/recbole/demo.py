@@ -45,8 +45,17 @@ def demo(
     record = done.record
     console.print()
     console.print(report.comparison_table(beside_recorded(record), highlight=record["label"]))
-    if settings.recorded_results(DATASET) is None:
+    recorded = settings.recorded_results(DATASET)
+    if recorded is None:
         console.print("No recorded results of other models here; `hstu-recbole compare --dataset ml-100k` makes them.")
+    else:
+        # Otherwise the recorded HSTU reads as what this run should have reached.
+        console.print(
+            f"This run: recipe {RECIPE}. Recorded: recipe {DATASET}, larger and trained for longer. "
+            + report.provenance(report.read_json(recorded, report.COMPARISON_FORMAT)),
+            highlight=False,
+            soft_wrap=True,
+        )
     passes = f", {record['seconds_per_pass']:.2f} s a pass over the data" if record["seconds_per_pass"] else ""
     console.print(
         f"{record['epochs']} epochs in {record['train_seconds']:.0f} s{passes}.", highlight=False, soft_wrap=True
@@ -73,7 +82,10 @@ def beside_recorded(record: report.Record) -> report.Record:
     others = recorded["models"]
     # Only metrics that all sides have can stand in one table.
     common = [m for m in own["test"]["mean"] if all(m in group["test"]["mean"] for group in others.values())]
-    models = {f"{label} (recorded)": _only(group, common) for label, group in others.items()}
+    # Seconds of another machine say nothing beside those of this one.
+    models = {
+        f"{label} (recorded)": {**_only(group, common), "seconds_per_pass": None} for label, group in others.items()
+    }
     return {**mine, "models": {record["label"]: _only(own, common), **models}}
 
 

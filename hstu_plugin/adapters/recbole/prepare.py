@@ -19,10 +19,13 @@ from recbole.config import Config  # noqa: E402
 from recbole.data import data_preparation  # noqa: E402
 from recbole.data import dataset as dataset_room  # noqa: E402
 from recbole.data.dataset import SequentialDataset  # noqa: E402
+from recbole.evaluator.register import metrics_dict  # noqa: E402
 from recbole.utils import EvaluatorType, ModelType, get_trainer, init_logger  # noqa: E402
 from recbole.utils import init_seed as recbole_seed  # noqa: E402
 
 from hstu_plugin import _hook  # noqa: E402
+from hstu_plugin.adapters.input_errors import raised_by_us  # noqa: E402
+from hstu_plugin.adapters.recbole.checked_settings import check_settings  # noqa: E402
 from hstu_plugin.adapters.recbole.dataset import ExactTimeDataset, HSTUDataset  # noqa: E402
 from hstu_plugin.adapters.recbole.register import our_name, with_time_column  # noqa: E402
 from hstu_plugin.adapters.recbole.trainer import HSTUTrainer, safe_trainer  # noqa: E402
@@ -37,7 +40,11 @@ def make_config(
     values: Mapping[str, Any] | None,
     argv: Sequence[str],
 ) -> Any:
-    """RecBole's Config of exactly these arguments (see `run`); the process's own are left out."""
+    """RecBole's Config of exactly these arguments (see `run`); the process's own are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: a setting that cannot be used; RecBole's own are checked here, too.
+    """
     for file in files or ():
         if not os.path.isfile(file):
             raise FileNotFoundError(f"config_file_list: expected a YAML file, but there is no {os.fspath(file)!r}")
@@ -48,7 +55,7 @@ def make_config(
     # RecBole takes every --key=value of the process for configuration, a test runner's or launcher's as well.
     sys.argv = [before[0] if before else "", *argv]
     try:
-        return Config(
+        config = Config(
             model=model,
             dataset=dataset,
             config_file_list=[os.fspath(file) for file in files] if files else None,
@@ -61,8 +68,14 @@ def make_config(
             asked = "of the name in the config" if model is None else f"named {model!r}"
             raise ValueError(f"model: RecBole has no model {asked}; ours are {ours}") from error
         raise
+    except (TypeError, ValueError) as error:
+        if raised_by_us(error):
+            raise
+        raise ValueError(f"RecBole refuses the settings: {error}") from error
     finally:
         sys.argv = before
+    check_settings(config.final_config_dict, metrics_dict)
+    return config
 
 
 def load_exact_time(config: Any) -> None:

@@ -83,7 +83,8 @@ def parse_tokens(tokens: Sequence[str]) -> dict[str, str]:
     """``--name=value`` words as RecBole takes them.
 
     Raises:
-        SettingsError: a word of another form, which RecBole would ignore, or a name with two values.
+        SettingsError: a word of another form, which RecBole would ignore, a name with two values, or YAML's words for
+            nothing, which RecBole would take as text.
     """
     parsed: dict[str, str] = {}
     for token in tokens:
@@ -92,6 +93,10 @@ def parse_tokens(tokens: Sequence[str]) -> dict[str, str]:
             raise SettingsError(f"expected --name=value, got {token!r}")
         if "=" in value:
             raise SettingsError(f"{token}: RecBole takes no value with an equals sign here; put it in a YAML file")
+        if value in ("~", "null"):
+            raise SettingsError(
+                f"{token}: expected None for nothing on the command line, got {value!r}; write --{name}=None"
+            )
         if parsed.setdefault(name, value) != value:
             raise SettingsError(f"--{name} is given twice, as {parsed[name]!r} and {value!r}")
     return parsed

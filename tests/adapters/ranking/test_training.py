@@ -199,6 +199,10 @@ def test_command_trains_reports_and_evaluates(recipe: Path, data_dir: Path, tmp_
     assert again.output.count("finished before") == 4
     shown = cli.invoke(main, ["report", str(out / "dlrm-seed1"), str(out / "dlrm-seed2"), "--markdown"])
     assert "| click | dlrm | 2 |" in shown.output and "Protocol: max_history 20" in shown.output
+    recorded = cli.invoke(main, ["report", str(out / "comparison.json"), "--markdown"])
+    assert recorded.output.startswith("| task | model |") and "| click | item-mean | 2 |" in recorded.output
+    drawn = cli.invoke(main, ["report", str(out / "comparison.json"), "--curve", str(out / "c.png")])
+    assert drawn.exit_code == 2 and "--curve: none of the files is a run" in drawn.output
     one = cli.invoke(
         main, ["evaluate", str(recipe), str(out / "dlrm-seed1"), "--data", str(data_dir), "--split", "valid"]
     )
@@ -222,6 +226,10 @@ def test_command_trains_reports_and_evaluates(recipe: Path, data_dir: Path, tmp_
         (["--set", "channels.a.actions=[click]", "--model", "hstu"], "channels: expected none for hstu"),
         (["--set", "channels.a.acts=[x]", "--model", "ultra-hstu"], "channels, a: unknown key 'acts'"),
         (["--set", "channels.a.actions=[buy]", "--model", "ultra-hstu"], "actions: expected names of action types"),
+        (
+            ["--set", "channels.a.actions=[click]", "--set", "head_users=true", "--model", "ultra-hstu"],
+            "got True; add head_users: false",
+        ),
         (["--set", "epochs"], "--set: expected name=value"),
         (["--device", "tpu9"], "--device: expected auto, cpu or cuda"),
         (["--seeds", "1,1"], "expected different numbers"),

@@ -30,6 +30,7 @@ def test_one_epoch_shows_everything(cli: CliRunner, tmp_path: Path, monkeypatch:
     assert result.exit_code == 0, result.output
     assert "SASRec (recorded)" in result.output
     assert "0.0456" in result.output
+    assert "This run: recipe ml-100k-quick. Recorded: recipe ml-100k, larger" in result.output
     assert "User 196: the last 8 items" in result.output
     assert "The next 10 recommended" in result.output
     assert f"Files: {out}/" in result.output
@@ -51,3 +52,4 @@ def test_only_common_metrics_are_compared(tmp_path: Path, monkeypatch: pytest.Mo
     models = demo.beside_recorded(run_record())["models"]
     assert set(models) == {"HSTU", "SASRec (recorded)"}
     assert all(set(group["test"]["mean"]) == {"ndcg@10"} for group in models.values())
+    assert models["HSTU"]["seconds_per_pass"] and models["SASRec (recorded)"]["seconds_per_pass"] is None
