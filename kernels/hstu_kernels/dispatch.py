@@ -77,11 +77,15 @@ def _decide(
 _decided = functools.lru_cache(maxsize=256)(_decide)
 
 
-# A compiler may take the answer as it is.
+# A compiler cannot trace the search; it may take the answer as it is. It would look through a cache, so that is within.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _capability() -> tuple[int, int] | None:
     """Compute capability of the current NVIDIA GPU; ``None`` where there is none or Triton could not start a kernel."""
+    return _found_capability()
+
+
+@functools.cache
+def _found_capability() -> tuple[int, int] | None:
     # PyTorch names AMD's GPUs "cuda" as well.
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None

@@ -84,7 +84,7 @@ def test_what_triton_needs_to_start_a_kernel(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    decide = dispatch._capability.__wrapped__
+    decide = dispatch._found_capability.__wrapped__
     if missing:
         with pytest.warns(UserWarning, match=rf"^backend: 'auto' takes the eager path.* no {missing}"):
             assert decide() is None
@@ -102,6 +102,21 @@ def test_precision_of_float32_counts_from_the_next_call_on(hopper: None) -> None
         assert choose_backend("auto", GPU, torch.float32, (64, 64)) is Backend.TRITON
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_compiler_takes_the_search_for_a_gpu_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    # Normalises paths, which no compiler traces.
+    monkeypatch.setattr(
+        dispatch, "_found_capability", lambda: (9, 0) if dispatch.sysconfig.get_path("include") else None
+    )
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def step(x: Tensor) -> Tensor:
+        return x + 1 if choose_backend("auto", GPU, x.dtype, (64, 64)) is Backend.TRITON else x - 1
+
+    assert step(torch.zeros(2, dtype=torch.bfloat16)).tolist() == [1, 1]
 
 
 def test_products_run_in_autocasts_dtype() -> None:
