@@ -15,20 +15,14 @@ SPEED_FORMAT = "hstu-plugin/int4-benchmark"
 RESULTS = "benchmarks/results"
 # Of RecBole's metrics these; of a ranker's the last part of ``task.metric``.
 SHOWN = {"hit@10": "HR@10", "ndcg@10": "NDCG@10", "auc": "AUC", "ne": "NE"}
+# How rows of a host table travel, in the order of the table.
+COPIED, READ = "copied", "read by the GPU"
 WAYS = {
     "eager": "PyTorch operations",
     "triton": "Triton",
     "triton-action-position": "Triton, + action + position",
     "triton-action-position-int32": "Triton, + action + position, their ids int32",
     "fbgemm-tbe": "FBGEMM",
-    "float16": "float16 rows",
-    "int4": "int4 rows",
-    "float16-read": "float16 rows, read by the device",
-    "int4-read": "int4 rows, read by the device",
-    "mfalcon-float16": "M-FALCON, float16 rows",
-    "mfalcon-int4": "M-FALCON, int4 rows",
-    "mfalcon-float16-read": "M-FALCON, float16 rows, read by the device",
-    "mfalcon-int4-read": "M-FALCON, int4 rows, read by the device",
 }
 
 
@@ -97,29 +91,34 @@ def _gather(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], Cells]:
 
 
 def _host(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], Cells]:
-    cells = [
-        [
-            WAYS.get(row["way"], row["way"]),
-            str(row["dim"]),
-            str(row["layers"] or "-"),
-            f"{row['ids']:,}",
-            f"{row['mb']:.1f}",
-            *(f"{row[name]:.2f}" for name in ("transfer_ms", "p50_ms", "pipelined_ms")),
-            f"{1e3 / row['pipelined_ms']:,.0f}",
-        ]
-        for row in rows
-    ]
-    header = [
-        "table in host memory",
-        "D",
-        "layers",
-        "rows of a request",
-        "MB",
-        "copy, ms",
-        "request, ms",
-        "overlapped, ms",
-    ]
-    return [*header, "requests/s"], cells
+    """Of each number of layers, without a model first: copied, then read; float16 beside int4."""
+    layers = list(dict.fromkeys(row["layers"] for row in rows))
+    found = {(row["layers"], *_brought(row["way"])): row for row in rows}
+    cells = []
+    for key in sorted(found, key=lambda key: (key[0] != 0, layers.index(key[0]), key[1:])):
+        row, (depth, transfer, kind) = found[key], key
+        base = found.get((depth, COPIED, "float16"))
+        cells.append(
+            [
+                f"M-FALCON, {depth} layers" if depth else "rows alone",
+                transfer,
+                kind,
+                str(row["dim"]),
+                f"{row['ids']:,}",
+                f"{row['mb']:.1f}",
+                *(f"{row[name]:.2f}" for name in ("transfer_ms", "p50_ms", "pipelined_ms")),
+                f"{1e3 / row['pipelined_ms']:,.0f}",
+                f"**{base['pipelined_ms'] / row['pipelined_ms']:.2f}x**" if base else "-",
+            ]
+        )
+    header = ["request", "rows are", "as", "D", "rows of a request", "MB", "copy of the bytes, ms", "request, ms"]
+    return [*header, "overlapped, ms", "requests/s", "of float16 copied"], cells
+
+
+def _brought(way: str) -> tuple[str, str]:
+    """How rows travel and what they are, of ``[mfalcon-]KIND[-read]``."""
+    kind = way.removeprefix("mfalcon-")
+    return READ if kind.endswith("-read") else COPIED, kind.removesuffix("-read")
 
 
 def _read(path: Path, form: str, versions: Sequence[int]) -> Mapping[str, Any]:

@@ -130,7 +130,7 @@ class MFalconServer:
         micro_batch_size: int,
         cuda_graphs: bool = False,
         ahead: int = 1,
-        transfer: Transfer | str = Transfer.COPY,
+        transfer: Transfer | str = Transfer.AUTO,
     ) -> MFalconServer:
         """A server for a model whose item tables are quantised (`hstu_plugin.quantize`) or in full precision.
 
@@ -160,7 +160,15 @@ class MFalconServer:
             transfer=transfer,
         )
         # One of its own for the model's lookups, over the same memory: a table serves one thread.
-        own = ServingTable(table.source, device=device, placement=placement, dtype=dtype, backend=backend)
+        own = ServingTable(
+            table.source,
+            device=device,
+            placement=placement,
+            dtype=dtype,
+            backend=backend,
+            # Lookups without overlap are not worth four bytes of the device's memory for each row.
+            transfer=Transfer.COPY,
+        )
         items.rows = ServedEmbedding(own)  # type: ignore[assignment]
         model = model.to(device).eval()
         return cls(model, table, micro_batch_size=micro_batch_size, cuda_graphs=cuda_graphs, ahead=ahead)

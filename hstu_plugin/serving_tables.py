@@ -20,7 +20,7 @@ from hstu_kernels.int4 import AddedRows, PackedRows, gather_rows
 from hstu_kernels.int4.distinct import choose_places, read_host_rows
 from hstu_plugin.quantized_embedding import QuantizedEmbedding
 from hstu_plugin.staging import Staging
-from hstu_plugin.transfers import Placement, Prefetched, Transfer, TransferCounts
+from hstu_plugin.transfers import Placement, Prefetched, Transfer, TransferCounts, usual_transfer
 
 __all__ = ["Placement", "Prefetched", "ServingTable", "Transfer", "TransferCounts"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +42,11 @@ class ServingTable:
         transfer: ``copy``: the CPU gathers the distinct rows into pinned memory, from where they are copied. ``read``:
             ids alone are copied, and the device reads the distinct rows out of the pinned table itself, so that a
             request costs the CPU next to nothing; needs a table in host memory, an NVIDIA GPU and Triton. Either
-            keeps four bytes for each row of the table, on the CPU or on the device.
+            keeps four bytes for each row of a host table, ``copy`` on the CPU and ``read`` on the device. ``auto``:
+            ``read`` where that is possible and ``backend`` allows Triton, otherwise ``copy``.
+
+    Attributes:
+        transfer: in use, ``copy`` or ``read``.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, or out of their range.
@@ -58,14 +62,16 @@ class ServingTable:
         dtype: torch.dtype = torch.bfloat16,
         backend: Backend | str = Backend.AUTO,
         in_flight: int = 2,
-        transfer: Transfer | str = Transfer.COPY,
+        transfer: Transfer | str = Transfer.AUTO,
     ) -> None:
         if placement not in list(Placement):
             raise ValueError(f"placement: expected one of {', '.join(Placement)}, got {placement!r}")
         if transfer not in list(Transfer):
             raise ValueError(f"transfer: expected one of {', '.join(Transfer)}, got {transfer!r}")
         if transfer == Transfer.READ and placement != Placement.HOST:
-            raise ValueError("transfer: expected copy for a table on the device, got read; only host rows are read")
+            raise ValueError(
+                "transfer: expected auto or copy for a table on the device, got read; only host rows are read"
+            )
         if dtype not in _DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         if not isinstance(in_flight, int) or in_flight < 1:
@@ -79,7 +85,7 @@ class ServingTable:
         if not isinstance(packed, Tensor | PackedRows):
             raise TypeError(f"rows: expected PackedRows, QuantizedEmbedding or a tensor, got {type(rows).__name__}")
         self.device = torch.device(device)
-        self.placement, self.transfer = Placement(placement), Transfer(transfer)
+        self.placement = Placement(placement)
         self.dtype, self.backend = dtype, backend
         data = packed.data if isinstance(packed, PackedRows) else packed.detach().contiguous()
         self._dim = packed.dim if isinstance(packed, PackedRows) else packed.shape[1]
@@ -91,6 +97,10 @@ class ServingTable:
             self._data = data.cpu()
             if on_gpu and not self._data.is_pinned():
                 self._data = self._data.pin_memory()
+        self.transfer = Transfer(transfer)
+        if self.transfer is Transfer.AUTO:
+            pinned = on_gpu and self._data.is_pinned()
+            self.transfer = usual_transfer(self.device, pinned=pinned, backend=backend)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._staging = [Staging(self.device) for _ in range(in_flight)]
         self._turn = 0

@@ -8,7 +8,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from hstu_kernels import Backend
 from hstu_kernels.int4 import PackedRows
+from hstu_kernels.int4.distinct import can_read_host_rows
 
 
 class Placement(StrEnum):
@@ -19,10 +21,27 @@ class Placement(StrEnum):
 
 
 class Transfer(StrEnum):
-    """How rows of a host table travel: ``COPY``: the CPU gathers them, one copy. ``READ``: the device reads them."""
+    """How rows of a host table travel.
 
+    ``COPY``: the CPU gathers them, one copy. ``READ``: the device reads them. ``AUTO``: what `usual_transfer` says.
+    """
+
+    AUTO = "auto"
     COPY = "copy"
     READ = "read"
+
+
+def usual_transfer(device: torch.device, *, pinned: bool, backend: Backend | str) -> Transfer:
+    """What ``AUTO`` means: a GPU reads rows itself where it can, as that costs a request least.
+
+    Args:
+        device: where rows are needed.
+        pinned: whether the table lies in pinned host memory.
+        backend: of the gather; one that is not Triton says that Triton shall not run.
+    """
+    allowed = backend in (Backend.AUTO, Backend.TRITON)
+    reads = device.type == "cuda" and pinned and allowed and can_read_host_rows(device)
+    return Transfer.READ if reads else Transfer.COPY
 
 
 @dataclass(slots=True)

@@ -135,14 +135,29 @@ def test_speed_of_quantised_tables(root: Path) -> None:
         update_readme.updated(block("int4"), root)
     row = {"dim": 128, "ids": 1000, "table_rows": 50_000, "p50_ms": 0.5, "mb": 8.0}
     gather = {**row, "op": "gather", "way": "triton", "gb_per_s": 1500.0, "share_of_copy": 0.5}
-    host = {**row, "op": "host", "way": "mfalcon-int4", "transfer_ms": 0.25, "pipelined_ms": 0.4, "layers": 8}
-    for op, version, rows in (("gather", 1, [gather, gather | {"share_of_bound": 0.6}]), ("host", 2, [host])):
+    host = {**row, "op": "host", "transfer_ms": 0.25}
+    hosted = [
+        host | {"way": way, "layers": layers, "pipelined_ms": ms}
+        for way, layers, ms in (
+            ("mfalcon-int4-read", 8, 0.2), ("mfalcon-float16", 8, 0.6), ("mfalcon-int4", 8, 0.4), ("int4", 0, 0.1),
+            ("mfalcon-int4", 2, 0.3),
+        )
+    ]  # fmt: skip
+    for op, version, rows in (("gather", 1, [gather, gather | {"share_of_bound": 0.6}]), ("host", 2, hosted)):
         record = {"format": "hstu-plugin/int4-benchmark", "format_version": version, "rows": rows, **FACTS}
         report.write_json(root / f"benchmarks/results/int4-{op}.json", record)
     new = update_readme.updated(block("int4"), root)
     for bound in ("-", "60%"):
         assert f"| Triton | 128 | 1,000 of 50,000 rows | 0.500 | 1,500 | **50%** | {bound} |" in new
-    assert "| M-FALCON, int4 rows | 128 | 8 | 1,000 | 8.0 | 0.25 | 0.50 | 0.40 | 2,500 |" in new
+    size, times = "128 | 1,000 | 8.0", "0.25 | 0.50"
+    lines = [
+        f"| rows alone | copied | int4 | {size} | {times} | 0.10 | 10,000 | - |",
+        f"| M-FALCON, 8 layers | copied | float16 | {size} | {times} | 0.60 | 1,667 | **1.00x** |",
+        f"| M-FALCON, 8 layers | copied | int4 | {size} | {times} | 0.40 | 2,500 | **1.50x** |",
+        f"| M-FALCON, 8 layers | read by the GPU | int4 | {size} | {times} | 0.20 | 5,000 | **3.00x** |",
+        f"| M-FALCON, 2 layers | copied | int4 | {size} | {times} | 0.30 | 3,333 | - |",
+    ]
+    assert "\n".join(lines) in new
     assert new.count("- a CPU, torch 2.13, commit 0123456\n") == 2
 
 

@@ -26,6 +26,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU
 CASES = Path(__file__).with_name("interpreted_int4.py")
 # Triton 3.7 passes several units of a row between threads, through 2 KB of shared memory.
 PASSES_NOTHING = (triton_release() or (0, 0)) < (3, 7)
+HALVES = ("bf16", "fp16")
 SERVED = [case for case in GATHER_CASES if case.format is not RowFormat.FP8]
 
 
@@ -49,6 +50,8 @@ def compiled(
     out: str = "bf16",
     added: str | None = "bf16",
     tile: GatherTile = TILE,
+    ids: str = "i64",
+    scaled: bool = True,
 ) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -60,6 +63,7 @@ def compiled(
     )
     types = {
         "data_ptr": f"*{ {4: 'i32', 2: 'i16', 1: 'u8'}[shape.unit_bytes] }",
+        "ids_ptr": "*i64",
         "out_ptr": f"*{out}",
         "action_ptr": f"*{added}",
         "position_ptr": f"*{added}",
@@ -69,15 +73,15 @@ def compiled(
         "num_positions": "i32",
         "item_scale": "fp32",
     }
-    constants: dict[str, Any] = {"SHAPE": shape, "SCALED": added is not None}
+    constants: dict[str, Any] = {"SHAPE": shape, "SCALED": scaled and added is not None}
     if added is None:
         constants |= dict.fromkeys(("action_ptr", "action_ids_ptr", "position_ptr", "position_ids_ptr"))
-    signature = {a: "constexpr" if a in constants else types.get(a, "*i64") for a in kernel.arg_names}
+    signature = {a: "constexpr" if a in constants else types.get(a, f"*{ids}") for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")}
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", capability, 32),
-        options=tile.launch_options,
+        options=tile.launch_options(narrow=not shape.ragged and out in HALVES and added in (*HALVES, None)),
     )
 
 
@@ -106,6 +110,24 @@ def test_units_of_a_row_share_its_ids_and_its_scale() -> None:
         assert kernel.asm["ptx"].count("ld.global") == 4 * rows + 3 * 4
         if words == 1 or PASSES_NOTHING:
             assert kernel.metadata.shared == 0
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("ids", ["i64", "i32"])
+def test_all_threads_of_a_multiprocessor_fit(ids: str) -> None:
+    for dim in (128, 512):
+        for added in ("bf16", None):
+            kernel = compiled(90, dim, ids=ids, added=added, scaled=False)
+            registers = re.search(r"\.maxnreg (\d+)", kernel.asm["ptx"])
+            assert registers is not None
+            # 65,536 registers for 64 warps.
+            assert int(registers[1]) == 32
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(("dim", "out", "added"), [(128, "fp32", "bf16"), (128, "bf16", "fp32"), (7, "bf16", "bf16")])
+def test_what_does_not_fit_has_no_bound(dim: int, out: str, added: str) -> None:
+    assert ".maxnreg" not in compiled(90, dim, out=out, added=added).asm["ptx"]
 
 
 def counted(code: str, operation: str) -> int:

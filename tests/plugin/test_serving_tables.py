@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from hstu_kernels import UnsupportedBackend
 from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
 from hstu_kernels.int4 import AddedRows, PackedRows, RowFormat, gather_rows, pack_rows, unpack_rows
+from hstu_kernels.int4.distinct import can_read_host_rows
+from hstu_plugin import transfers
 from hstu_plugin.quantize import quantize
 from hstu_plugin.serving_tables import Placement, ServingTable, Transfer, TransferCounts
+from hstu_plugin.transfers import usual_transfer
 from tests.ops.interpreter import passes_interpreted
 
 DEVICES = [
@@ -74,7 +77,7 @@ def test_overlapping_requests_do_not_mix(device: str, placement: Placement) -> N
 @both_devices
 def test_only_distinct_rows_are_copied(device: str) -> None:
     packed = pack_rows(dense())
-    table = ServingTable(packed, device=device)
+    table = ServingTable(packed, device=device, transfer="copy")
     ids = torch.tensor([5, 3, 5, 5, 9, 3])
     table(ids)
     table(torch.tensor([1]))
@@ -179,14 +182,34 @@ def test_bad_requests_are_refused(placement: Placement) -> None:
         table.prefetch(torch.zeros(1, 2, dtype=torch.int64))
 
 
+def test_a_gpu_reads_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for possible in (True, False):
+        monkeypatch.setattr(transfers, "can_read_host_rows", lambda _, possible=possible: possible)
+        for backend, allowed in (("auto", True), ("triton", True), ("eager", False), ("reference", False)):
+            wanted = Transfer.READ if possible and allowed else Transfer.COPY
+            assert usual_transfer(gpu, pinned=True, backend=backend) is wanted
+            assert usual_transfer(gpu, pinned=False, backend=backend) is Transfer.COPY
+            assert usual_transfer(cpu, pinned=True, backend=backend) is Transfer.COPY
+
+
+@both_devices
+def test_the_usual_transfer(device: str) -> None:
+    wanted = Transfer.READ if can_read_host_rows(torch.device(device)) and device == "cuda" else Transfer.COPY
+    assert ServingTable(pack_rows(dense()), device=device).transfer is wanted
+    assert ServingTable(pack_rows(dense()), device=device, placement="device").transfer is Transfer.COPY
+    assert ServingTable(pack_rows(dense()), device=device, backend="eager").transfer is Transfer.COPY
+    assert ServingTable(pack_rows(dense()), device=device, transfer="copy").transfer is Transfer.COPY
+
+
 def test_bad_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="placement: expected one of host, device, got 'disk'"):
         ServingTable(pack_rows(dense()), placement="disk")
     with pytest.raises(TypeError, match=r"dtype: expected one of .* got torch\.float64"):
         ServingTable(pack_rows(dense()), dtype=torch.float64)
-    with pytest.raises(ValueError, match="transfer: expected one of copy, read, got 'dma'"):
+    with pytest.raises(ValueError, match="transfer: expected one of auto, copy, read, got 'dma'"):
         ServingTable(pack_rows(dense()), transfer="dma")
-    with pytest.raises(ValueError, match="transfer: expected copy for a table on the device, got read"):
+    with pytest.raises(ValueError, match="transfer: expected auto or copy for a table on the device, got read"):
         ServingTable(pack_rows(dense()), placement="device", transfer="read")
     if not interpreting():
         with pytest.raises(UnsupportedBackend, match="triton"):
@@ -218,7 +241,7 @@ def test_a_gpu_reads_its_rows_itself(packed: bool) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that this PyTorch can use")
 def test_host_rows_are_pinned_and_copies_run_beside_the_computation() -> None:
-    table = ServingTable(pack_rows(dense()), device="cuda")
+    table = ServingTable(pack_rows(dense()), device="cuda", transfer="copy")
     assert table._data.is_pinned()
     handle = table.prefetch(torch.arange(60))
     assert handle.ready is not None

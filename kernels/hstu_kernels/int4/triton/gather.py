@@ -82,16 +82,15 @@ def int4_gather_kernel(
 ):
     """``out [L, D]`` (contiguous) from ``data [rows, row_units]``.
 
-    Grid ``ceil(L * code_units / (block_units * steps))``. ``item_scale`` counts where ``SCALED``.
+    Grid ``ceil(L * code_units / block_units)``. ``item_scale`` counts where ``SCALED``.
     """
     UNITS: tl.constexpr = SHAPE.code_units
     BITS: tl.constexpr = SHAPE.bits
     WORDS: tl.constexpr = SHAPE.words
-    STEPS: tl.constexpr = SHAPE.steps
     # A thread's units of a row lie this far apart, so that its neighbours' lie between them.
     PITCH: tl.constexpr = UNITS // WORDS
     BLOCK: tl.constexpr = SHAPE.block_units // WORDS
-    begin = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS)
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
     # Row, from the program's first, and unit inside it, [U]: one division of 64 bits for the program, small ones for
     # its threads.
     first_row = begin // PITCH
@@ -112,45 +111,40 @@ def int4_gather_kernel(
     powers = ((127 - code * BITS) << 23).to(tl.float32, bitcast=True)
     rows = place // PITCH
     ids, action_ids, position_ids = _ids_of(ids_ptr, action_ids_ptr, position_ids_ptr, rows, rows < left)
-    for step in tl.static_range(STEPS):
-        # All that is read of a row is under way before the first of it is used.
-        item_ids = ids.to(tl.int64)
-        valid = (item_ids >= 0) & (item_ids < num_rows)
-        row_ptr = data_ptr + item_ids * SHAPE.row_units
-        # Units of the row, [U, W].
-        columns = (place % PITCH)[:, None] + (tl.arange(0, WORDS) * PITCH)[None, :]
-        there = tl.broadcast_to(valid[:, None], columns.shape)
-        words = tl.load(row_ptr[:, None] + columns, mask=there, other=0).to(tl.int32).to(tl.uint32, bitcast=True)
-        scale, bias = _scale_and_bias(row_ptr + UNITS, valid, SHAPE)
-        # Elements, [U, W, C].
-        columns = (columns * SHAPE.codes)[:, :, None] + code[None, None, :]
-        if action_ptr is not None:
-            action_rows, known = _term(action_ptr, action_ids, num_actions, columns, SHAPE)
-            valid &= known
-        if position_ptr is not None:
-            position_rows, known = _term(position_ptr, position_ids, num_positions, columns, SHAPE)
-            valid &= known
-        wanted = tl.broadcast_to((rows < left)[:, None, None], columns.shape)
-        if SHAPE.ragged:
-            wanted &= columns < SHAPE.dim
-        places = (rows * SHAPE.dim)[:, None, None] + columns
-        if step + 1 < STEPS:
-            place += BLOCK
-            rows = place // PITCH
-            ids, action_ids, position_ids = _ids_of(ids_ptr, action_ids_ptr, position_ids_ptr, rows, rows < left)
-        # A wrong id, of whichever table, makes its row NaN: through the scale, once for all elements.
-        scale = tl.where(valid, scale, float("nan"))
-        codes = (words[:, :, None] & masks[None, None, :]).to(tl.float32)
-        # The product of 11 and at most 8 bits is exact, so the fused operation rounds as product and sum do.
-        values = tl.fma(
-            codes,
-            tl.broadcast_to(scale[:, None, None] * powers[None, None, :], codes.shape),
-            tl.broadcast_to(bias[:, None, None], codes.shape),
-        )
-        if SCALED:
-            values = values * item_scale
-        if action_ptr is not None:
-            values += action_rows.to(tl.float32)
-        if position_ptr is not None:
-            values += position_rows.to(tl.float32)
-        tl.store(out_ptr + places, values.to(out_ptr.dtype.element_ty), mask=wanted)
+    # All that is read of a row is under way before the first of it is used.
+    item_ids = ids.to(tl.int64)
+    valid = (item_ids >= 0) & (item_ids < num_rows)
+    row_ptr = data_ptr + item_ids * SHAPE.row_units
+    # Units of the row, [U, W].
+    columns = (place % PITCH)[:, None] + (tl.arange(0, WORDS) * PITCH)[None, :]
+    there = tl.broadcast_to(valid[:, None], columns.shape)
+    words = tl.load(row_ptr[:, None] + columns, mask=there, other=0).to(tl.int32).to(tl.uint32, bitcast=True)
+    scale, bias = _scale_and_bias(row_ptr + UNITS, valid, SHAPE)
+    # Elements, [U, W, C].
+    columns = (columns * SHAPE.codes)[:, :, None] + code[None, None, :]
+    if action_ptr is not None:
+        action_rows, known = _term(action_ptr, action_ids, num_actions, columns, SHAPE)
+        valid &= known
+    if position_ptr is not None:
+        position_rows, known = _term(position_ptr, position_ids, num_positions, columns, SHAPE)
+        valid &= known
+    wanted = tl.broadcast_to((rows < left)[:, None, None], columns.shape)
+    if SHAPE.ragged:
+        wanted &= columns < SHAPE.dim
+    places = (rows * SHAPE.dim)[:, None, None] + columns
+    # A wrong id, of whichever table, makes its row NaN: through the scale, once for all elements.
+    scale = tl.where(valid, scale, float("nan"))
+    codes = (words[:, :, None] & masks[None, None, :]).to(tl.float32)
+    # The product of 11 and at most 8 bits is exact, so the fused operation rounds as product and sum do.
+    values = tl.fma(
+        codes,
+        tl.broadcast_to(scale[:, None, None] * powers[None, None, :], codes.shape),
+        tl.broadcast_to(bias[:, None, None], codes.shape),
+    )
+    if SCALED:
+        values = values * item_scale
+    if action_ptr is not None:
+        values += action_rows.to(tl.float32)
+    if position_ptr is not None:
+        values += position_rows.to(tl.float32)
+    tl.store(out_ptr + places, values.to(out_ptr.dtype.element_ty), mask=wanted)

@@ -46,9 +46,9 @@ def triton_gather(
     terms += [None] * (4 - len(terms))
     counts = [dense.shape[0] for dense, _ in added] + [0] * (2 - len(added))
     # A product with 1 changes nothing.
-    kernel = _variant(shape, tile, item_scale != 1)
+    kernel = _variant(shape, tile, item_scale != 1, _narrow(shape, [out, *(dense for dense, _ in added)]))
     kernel(
-        -(-ids.shape[0] * shape.code_units // (shape.block_units * shape.steps)),
+        -(-ids.shape[0] * shape.code_units // shape.block_units),
         (table.data.view(_UNITS[shape.unit_bytes]), ids.contiguous(), *terms, out),
         (ids.shape[0], table.num_rows, *counts, float(item_scale)),
     )
@@ -75,5 +75,9 @@ def _read_variant(shape: ReadShape, tile: ReadTile) -> Variant:
 
 
 @functools.lru_cache(maxsize=256)
-def _variant(shape: GatherShape, tile: GatherTile, scaled: bool) -> Variant:
-    return Variant(int4_gather_kernel, SHAPE=shape, SCALED=scaled, **tile.launch_options)
+def _variant(shape: GatherShape, tile: GatherTile, scaled: bool, narrow: bool) -> Variant:
+    return Variant(int4_gather_kernel, SHAPE=shape, SCALED=scaled, **tile.launch_options(narrow=narrow))
+
+
+def _narrow(shape: GatherShape, rows: Sequence[Tensor]) -> bool:
+    return not shape.ragged and all(tensor.element_size() == 2 for tensor in rows)

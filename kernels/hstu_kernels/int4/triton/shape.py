@@ -21,21 +21,21 @@ class GatherTile:
         warps: of a program.
         words: units of one row that a thread takes, where the row divides into so many: they share the row's ids,
             scale, bias and addresses.
-        registers: of a thread, at most; ``None`` leaves them to the compiler, which then keeps few and waits for some
-            rows of the added tables one after the other.
-        steps: times that a program decodes ``units``; the ids of the next time are read ahead.
+        registers: of a thread, at most, where terms and result have 16 bits and rows are whole units; ``None`` leaves
+            them to the compiler. With 32, as many threads as a multiprocessor can hold have rows under way.
     """
 
     units: int = 256
-    warps: int = 2
-    words: int = 4
-    registers: int | None = None
-    steps: int = 1
+    warps: int = 4
+    words: int = 2
+    registers: int | None = 32
 
-    @property
-    def launch_options(self) -> dict[str, Any]:
-        """Product and sum are rounded apart, as the tensor operations do: the same bits on every path."""
-        bound = {} if self.registers is None else {"maxnreg": self.registers}
+    def launch_options(self, *, narrow: bool) -> dict[str, Any]:
+        """Product and sum are rounded apart, as the tensor operations do: the same bits on every path.
+
+        ``narrow``: terms and result have 16 bits and no row ends inside a unit; others do not fit into ``registers``.
+        """
+        bound = {} if self.registers is None or not narrow else {"maxnreg": self.registers}
         return {"num_warps": self.warps, "enable_fp_fusion": False, **bound}
 
 
@@ -54,8 +54,7 @@ class GatherShape:
         code_units: those of them that hold codes.
         codes: codes in a unit.
         ragged: whether the last unit of a row has codes beyond ``dim``.
-        block_units: units of a program at a time. words: units of a thread, a divisor of ``code_units``.
-        steps: times.
+        block_units: units of a program. words: units of a thread, a divisor of ``code_units``.
     """
 
     dim: int
@@ -67,7 +66,6 @@ class GatherShape:
     ragged: bool
     block_units: int
     words: int
-    steps: int
 
 
 def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
@@ -85,7 +83,6 @@ def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
         ragged=code_units * codes != table.dim,
         block_units=tile.units,
         words=math.gcd(tile.words, code_units),
-        steps=tile.steps,
     )
 
 
