@@ -12,7 +12,7 @@ import torch
 
 from hstu_kernels.attention.triton import OLDEST_TRITON, interpreting, triton_release
 from hstu_kernels.int4 import PackedRows, RowFormat, gather_rows, pack_rows, unpack_rows
-from hstu_kernels.int4.triton.shape import TILE, GatherTile, gather_shape
+from hstu_kernels.int4.triton.shape import TILE, GatherTile, gather_shape, is_narrow
 from tests.ops.int4_cases import GATHER_CASES, GatherCase, gather_inputs, gather_oracle
 from tests.ops.interpreter import passes_interpreted
 
@@ -26,7 +26,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU
 CASES = Path(__file__).with_name("interpreted_int4.py")
 # Triton 3.7 passes several units of a row between threads, through 2 KB of shared memory.
 PASSES_NOTHING = (triton_release() or (0, 0)) < (3, 7)
-HALVES = ("bf16", "fp16")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SERVED = [case for case in GATHER_CASES if case.format is not RowFormat.FP8]
 
 
@@ -81,7 +81,9 @@ def compiled(
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", capability, 32),
-        options=tile.launch_options(narrow=not shape.ragged and out in HALVES and added in (*HALVES, None)),
+        options=tile.launch_options(
+            narrow=is_narrow(shape, [torch.empty(0, dtype=DTYPES[t]) for t in (out, added) if t])
+        ),
     )
 
 

@@ -19,6 +19,7 @@ from hstu_kernels.int4.triton.shape import (
     ReadShape,
     ReadTile,
     gather_shape,
+    is_narrow,
     read_shape,
 )
 from hstu_kernels.triton.launcher import Variant
@@ -46,7 +47,7 @@ def triton_gather(
     terms += [None] * (4 - len(terms))
     counts = [dense.shape[0] for dense, _ in added] + [0] * (2 - len(added))
     # A product with 1 changes nothing.
-    kernel = _variant(shape, tile, item_scale != 1, _narrow(shape, [out, *(dense for dense, _ in added)]))
+    kernel = _variant(shape, tile, item_scale != 1, is_narrow(shape, [out, *(dense for dense, _ in added)]))
     kernel(
         -(-ids.shape[0] * shape.code_units // shape.block_units),
         (table.data.view(_UNITS[shape.unit_bytes]), ids.contiguous(), *terms, out),
@@ -77,7 +78,3 @@ def _read_variant(shape: ReadShape, tile: ReadTile) -> Variant:
 @functools.lru_cache(maxsize=256)
 def _variant(shape: GatherShape, tile: GatherTile, scaled: bool, narrow: bool) -> Variant:
     return Variant(int4_gather_kernel, SHAPE=shape, SCALED=scaled, **tile.launch_options(narrow=narrow))
-
-
-def _narrow(shape: GatherShape, rows: Sequence[Tensor]) -> bool:
-    return not shape.ragged and all(tensor.element_size() == 2 for tensor in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class GatherTile:
     def launch_options(self, *, narrow: bool) -> dict[str, Any]:
         """Product and sum are rounded apart, as the tensor operations do: the same bits on every path.
 
-        ``narrow``: terms and result have 16 bits and no row ends inside a unit; others do not fit into ``registers``.
+        ``narrow``: of `is_narrow`; others do not fit into ``registers``.
         """
         bound = {} if self.registers is None or not narrow else {"maxnreg": self.registers}
         return {"num_warps": self.warps, "enable_fp_fusion": False, **bound}
@@ -84,6 +85,11 @@ def gather_shape(table: PackedRows, tile: GatherTile = TILE) -> GatherShape:
         block_units=tile.units,
         words=math.gcd(tile.words, code_units),
     )
+
+
+def is_narrow(shape: GatherShape, rows: Sequence[Tensor]) -> bool:
+    """Whether terms and result (``rows``) have 16 bits and no row ends inside a unit: few registers do for a thread."""
+    return not shape.ragged and all(tensor.element_size() == 2 for tensor in rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
