@@ -111,7 +111,6 @@ def runtime_versions() -> dict[str, str]:
         **installed_versions(),
         "platform": sys.platform,
         "machine": platform.machine(),
-        "kernel": platform.release(),
     }
 
 
@@ -158,7 +157,7 @@ def _check_core(found: Mapping[str, str]) -> None:
         raise _error(
             f"Python {found['python']}",
             f"Python >= {_text(PYTHON_MIN)}, < {_text(PYTHON_BELOW)}",
-            "python3.12 -m venv .venv && .venv/bin/pip install hstu-plugin",
+            "in a clone of hstu-plugin: python3.12 -m venv .venv && .venv/bin/pip install .",
         )
     torch, triton = _release(found, "torch"), _release(found, "triton")
     if torch is not None and torch < TORCH_MIN:

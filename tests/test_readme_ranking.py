@@ -31,13 +31,14 @@ def test_what_is_not_recorded_leaves_no_table(name: str, tmp_path: Path) -> None
 
 def test_cached_scoring(tmp_path: Path) -> None:
     row = WHERE | {"model": "hstu", "layers": 8, "dim": 512, "dtype": "bfloat16", "history": 1024, "way": "graphs"}
+    names = ("candidates", "transfers", "p50_ms", "p99_ms", "candidates_per_s", "samples")
     rows = [
-        row | {"candidates": count, "transfers": moved, "p50_ms": p50, "p99_ms": 2 * p50, "candidates_per_s": rate}
-        for count, moved, p50, rate in [
-            (256, False, 9.0, 1.0),
-            (256, False, 0.5, 512_000.0),
-            (1024, False, 0.8, 1_280_000.0),
-            (256, True, 0.75, 341_333.0),
+        row | dict(zip(names, values, strict=True))
+        for values in [
+            (256, False, 9.0, 18.0, 1.0, 5),
+            (256, False, 0.5, 1.0, 512_000.0, 140),
+            (1024, False, 0.8, 1.6, 1_280_000.0, 11),
+            (256, True, 0.75, 1.5, 341_333.0, 92),
         ]
     ]
     append(tmp_path / "benchmarks/results/mfalcon.csv", mfalcon.COLUMNS, rows)
@@ -47,6 +48,8 @@ def test_cached_scoring(tmp_path: Path) -> None:
     assert "| 1024 | 1024 | - | - | - | 1.28 M (0.80 / 1.60) |" in lines
     assert "| 1024 | 256 | - | - | - | 341 k (0.75 / 1.50) |" in lines
     assert len([line for line in lines if "a GPU, torch 2.11, commit 0123456; 8 layers, d 512" in line]) == 2
+    assert len([line for line in lines if "; 11 to 140 requests a cell" in line]) == 1
+    assert len([line for line in lines if "; 92 to 92 requests a cell" in line]) == 1
 
 
 def test_cost(tmp_path: Path) -> None:
@@ -75,12 +78,13 @@ def test_streaming(tmp_path: Path) -> None:
     assert "| 50,000 | hstu | 0.001 | 0.3000 ± 0.0000 | 0.3150 ± 0.0071 | +46.5% |" in lines
     assert "| 50,000 | counting |  | 0.4000 | 0.5000 | |" in lines
     assert lines[-1] == (
-        "HR@50 is in the order transformer < hstu-softmax < hstu with every seed at 50,000 records. "
+        "The order transformer < hstu-softmax < hstu holds with every seed for HR@50 at 50,000 records, "
+        "for HR@10 at 50,000 records. "
         "2 seeds; rates tried on streams of at most 25,000 records. a GPU, torch 2.11, commit 0123456."
     )
     sizes[0]["gaps"][0]["hr@50"]["least"] = 0.0  # type: ignore[index]
     write_json(tmp_path / "benchmarks/results/synthetic-streaming.json", record)
-    assert "with every seed nowhere. 2 seeds" in table("streaming", tmp_path)[-1]
+    assert "for HR@50 nowhere, for HR@10 at 50,000 records. 2 seeds" in table("streaming", tmp_path)[-1]
     assert sizes[0]["gaps"][1]["hr@50"]["least"] > 0.0999  # type: ignore[index]
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmarks import cost
 from benchmarks.cost_report import COLUMNS
 from benchmarks.ledger import read
+from hstu_kernels import JaggedLayout
+from hstu_plugin.flops import model_flops, training_flops
 
 TINY = ["--device", "cpu", "--backend", "eager", "--events", "40", "--candidates", "5", "--targets", "3"]
 TINY += ["--layers", "3", "--dim", "8", "--heads", "2", "--window", "4", "--truncate-after", "1", "--truncate-to", "9"]
@@ -58,3 +61,19 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cost.main, ["report", "--input", str(tmp_path / "none.csv")])
     assert done.exit_code == 1
     assert "run the benchmark first" in done.output
+
+
+def test_the_operations_in_the_docs_are_counted() -> None:
+    text = (Path(cost.__file__).parents[1] / "docs/ultra-hstu.md").read_text(encoding="utf-8")
+    rows = {"18 of 18 (semi-local only)": (0, 0), "6, 1024": (6, 1024), "4, 1024": (4, 1024), "3, 512": (3, 512)}
+    shape = {"layers": 18, "dim": 512, "heads": 4, "window": 256, "backend": "eager"}
+    for name, truncation in rows.items():
+        saved = []
+        for behind, flops in ((64, training_flops), (1024, model_flops)):
+            layout = JaggedLayout.from_lengths(torch.tensor([16384 + behind]), num_targets=torch.tensor([behind]))
+            plain, ours = (
+                flops(cost.make_config(model, 16384, truncation=truncation, **shape), layout).total.sum()
+                for model in ("hstu", "ultra")
+            )
+            saved.append(f"-{100 * (1 - float(ours / plain)):.1f} %")
+        assert f"| {name} | {saved[0]} | {saved[1]} |" in text

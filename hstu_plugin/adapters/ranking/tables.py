@@ -31,8 +31,8 @@ def require_pandas() -> Any:
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"ranking data needs {error.name}, which is not installed; install it with: "
-            "pip install 'hstu-plugin[ranking]'"
+            f"ranking data needs {error.name}, which is not installed; install it "
+            "in a clone of hstu-plugin with: pip install '.[ranking]'"
         ) from None
     return pandas
 

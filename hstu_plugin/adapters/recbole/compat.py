@@ -32,7 +32,7 @@ def require_recbole() -> None:
     if importlib.util.find_spec("recbole") is None:
         raise ImportError(
             "RecBole is not installed.\n"
-            "  to repair: pip install 'hstu-plugin[recbole]' && pip install --no-deps recbole==1.2.1\n"
+            "  to repair, in a clone of hstu-plugin: pip install '.[recbole]' && pip install --no-deps recbole==1.2.1\n"
             "  (--no-deps because RecBole's metadata demands ray<=2.6.3, which only its own tuner uses)"
         )
     check_versions(doors=("recbole",))

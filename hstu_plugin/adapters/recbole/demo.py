@@ -57,9 +57,9 @@ def demo(
             soft_wrap=True,
         )
     passes = f", {record['seconds_per_pass']:.2f} s a pass over the data" if record["seconds_per_pass"] else ""
-    console.print(
-        f"{record['epochs']} epochs in {record['train_seconds']:.0f} s{passes}.", highlight=False, soft_wrap=True
-    )
+    seconds = record["train_seconds"]
+    took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"
+    console.print(f"{record['epochs']} epochs in {took}{passes}.", highlight=False, soft_wrap=True)
     answer = recommend(done.result, user, topk)
     for table in recommendation_tables(answer, item_texts(done.result.dataset)):
         console.print(table)

@@ -196,7 +196,7 @@ def test_buckets_hold_equally_many_of_training() -> None:
 
 def test_without_pandas_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"pip install 'hstu-plugin\[ranking\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[ranking\]'"):
         tables.require_pandas()
 
 

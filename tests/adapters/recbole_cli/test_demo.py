@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def test_one_epoch_shows_everything(cli: CliRunner, tmp_path: Path, monkeypatch:
     assert "SASRec (recorded)" in result.output
     assert "0.0456" in result.output
     assert "This run: recipe ml-100k-quick. Recorded: recipe ml-100k, larger" in result.output
+    assert re.search(r"\b1 epochs in \d+ s, \d+\.\d\d s a pass over the data\.", result.output)
     assert "User 196: the last 8 items" in result.output
     assert "The next 10 recommended" in result.output
     assert f"Files: {out}/" in result.output

@@ -16,7 +16,7 @@ from unittest.mock import MagicMock
 import pytest
 import yaml
 
-pytest.importorskip("torchx", reason="TorchX is not installed: pip install 'hstu-plugin[torchx]'")
+pytest.importorskip("torchx", reason="TorchX is not installed: pip install '.[torchx]'")
 
 from torchx.schedulers.slurm_scheduler import SlurmScheduler
 from torchx.specs.builders import materialize_appdef
