@@ -87,21 +87,23 @@ def test_fetches_by_the_copy_engine_and_fits(
 
 
 @functools.cache
-def compiled_target(out: str, tile: hopper.HopperTile) -> Any:
+def compiled_target(out: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from hstu_kernels.attention.triton.hopper_target import hopper_target_kernel
+    from hstu_kernels.attention.triton.hopper_target_launch import BLOCK_N, STAGES, WIDTH
 
     signature = {"out_ptr": f"*{out}", "work_ptr": "*i64"}
     for argument in ("q_desc", "k_desc", "v_desc", "cache_k_desc", "cache_v_desc"):
-        rows = 64 if argument == "q_desc" else tile.block_n
-        signature[argument] = f"tensordesc<bf16[{rows}, 128],{hopper.shared_layout(rows, 128, torch.bfloat16)!r}>"
+        rows = 64 if argument == "q_desc" else BLOCK_N
+        layout = hopper.shared_layout(rows, WIDTH, torch.bfloat16)
+        signature[argument] = f"tensordesc<bf16[{rows}, {WIDTH}],{layout!r}>"
     strides = [name for name in hopper_target_kernel.arg_names if name.endswith("_stride")]
     signature |= dict.fromkeys((*strides, "pieces", "piece_blocks", "total_rows"), "i32")
     signature |= {"alpha": "fp32", "scale": "fp32"}
-    sizes = {"BLOCK_N": tile.block_n, "STAGES": tile.stages, "SPLIT_BLOCKS": 2048 // tile.block_n}
-    constants = {"HEADS": 4, "D": 128, **sizes}
+    sizes = {"BLOCK_N": BLOCK_N, "STAGES": STAGES, "SPLIT_BLOCKS": 2048 // BLOCK_N}
+    constants = {"HEADS": 4, "D": WIDTH, **sizes}
     signature |= dict.fromkeys(constants, "constexpr")
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -114,9 +116,7 @@ def compiled_target(out: str, tile: hopper.HopperTile) -> Any:
 
 @pytest.mark.parametrize("out", ["bf16", "fp32"])
 def test_cached_scoring_fetches_by_the_copy_engine_and_fits(out: str, tmp_path: Path) -> None:
-    from hstu_kernels.attention.triton.hopper_target_launch import TARGET_TILES
-
-    kernel = compiled_target(out, TARGET_TILES[128])
+    kernel = compiled_target(out)
     code = kernel.asm["ptx"]
     # q twice, own keys and values, cached ones, 64 columns at a time.
     assert code.count("cp.async.bulk.tensor") == 12

@@ -3,7 +3,7 @@
 Targets see all of their user's history and themselves. So a tile of 128 targets meets full blocks of cached keys; the
 last one alone can reach over the history's end. What a target adds to itself comes from one block more, the tile's own
 keys and values, through the same rings: of its logits the diagonal is taken, and each row's value times its weight
-is what the sum begins with.
+is what the sum begins with. It is worked out beside the product with the first cached keys.
 """
 
 from triton.experimental import gluon
@@ -11,151 +11,42 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from hstu_kernels.attention.triton.hopper_forward import GROUP_ROWS, clear_behind, ring, silu_of, snake, weights_of
-from hstu_kernels.attention.triton.target_sums import FIELDS
-
-TILE_ROWS = gl.constexpr(128)
-_FIELDS = gl.constexpr(FIELDS)
+from hstu_kernels.attention.triton.hopper_target_fetch import fetch, read_item, slot_of
 
 
 @gluon.jit
-def _read_item(work_ptr, item, lines, piece_blocks, HEADS: gl.constexpr, BLOCK_N: gl.constexpr):
-    """What an item is: its piece and head, a line, and of the history's blocks the first and how many of them."""
-    piece = item // (lines * HEADS)
-    rest = item % (lines * HEADS)
-    line = work_ptr + (1 + rest // HEADS).to(gl.int64) * _FIELDS
-    start = gl.load(line)
-    length = gl.load(line + 1).to(gl.int32)
-    row = gl.load(line + 2).to(gl.int32)
-    cache_start = gl.load(line + 3)
-    history = gl.load(line + 4).to(gl.int32)
-    origin = piece * piece_blocks
-    blocks = gl.minimum((history + BLOCK_N - 1) // BLOCK_N - origin, piece_blocks)
-    return piece, rest % HEADS, start, length, row, cache_start, history, origin, gl.maximum(blocks, 0)
+def _start_logits(q, used, first: gl.constexpr, k_buffer, k_full, nothing, STAGES: gl.constexpr):
+    """The product of ``q`` and the keys of block ``used`` from row ``first`` on, as many as ``nothing`` has columns."""
+    slot, phase = slot_of(used, STAGES)
+    mbarrier.wait(k_full.index(slot), phase)
+    keys = k_buffer.index(slot).slice(first, nothing.shape[1]).permute((1, 0))
+    return warpgroup_mma(q, keys, nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _slot(used, STAGES: gl.constexpr):
-    return used % STAGES, (used // STAGES) & 1
-
-
-@gluon.jit
-def _fetch_block(
-    k_desc,
-    v_desc,
-    row,
-    k_column,
-    v_column,
-    used,
-    k_buffer,
-    v_buffer,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    STAGES: gl.constexpr,
+def _own_terms(
+    logits, used, first: gl.constexpr, v_buffer, v_full, v_free, half_alpha, LAYOUT: gl.constexpr, STAGES: gl.constexpr
 ):
-    slot, phase = _slot(used, STAGES)
-    k_bar = k_full.index(slot)
-    mbarrier.wait(k_free.index(slot), phase ^ 1)
-    mbarrier.expect(k_bar, k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [row, k_column], k_bar, k_buffer.index(slot))
-    v_bar = v_full.index(slot)
-    mbarrier.wait(v_free.index(slot), phase ^ 1)
-    mbarrier.expect(v_bar, v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(v_desc, [row, v_column], v_bar, v_buffer.index(slot))
+    """``[64, D]``: of each row the value, row ``first`` and on of block ``used``, times SiLU of its logit with itself.
 
-
-@gluon.jit
-def _fetch(
-    work_ptr,
-    descriptors,
-    strides,
-    buffers,
-    barriers,
-    pieces,
-    piece_blocks,
-    HEADS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """The warp that fetches. A slot is free again once both groups said so."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    q_desc, k_desc, v_desc, cache_k_desc, cache_v_desc = descriptors
-    q_stride, k_stride, v_stride, cache_k_stride, cache_v_stride = strides
-    q_buffer, k_buffer, v_buffer, _totals = buffers
-    q_full, q_free, k_full, k_free, v_full, v_free = barriers
-    lines = gl.load(work_ptr).to(gl.int32)
-    items = lines * HEADS * pieces
-    fetched = program * 0
-    tiles = program * 0
-    for turn in range((items + programs - 1) // programs):
-        item = snake(turn, programs, program)
-        if item < items:
-            piece, head, start, _length, row, cache_start, _history, origin, blocks = _read_item(
-                work_ptr, item, lines, piece_blocks, HEADS, BLOCK_N
-            )
-            if (piece == 0) | (blocks > 0):
-                first = start.to(gl.int32) + row
-                mbarrier.wait(q_free, (tiles & 1) ^ 1)
-                mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
-                column = head * q_stride
-                tma.async_copy_global_to_shared(q_desc, [first, column], q_full, q_buffer.index(0))
-                tma.async_copy_global_to_shared(q_desc, [first + GROUP_ROWS, column], q_full, q_buffer.index(1))
-                tiles += 1
-                if piece == 0:
-                    for part in gl.static_range(TILE_ROWS // BLOCK_N):
-                        own = first + part * BLOCK_N
-                        _fetch_block(
-                            k_desc,
-                            v_desc,
-                            own,
-                            head * k_stride,
-                            head * v_stride,
-                            fetched,
-                            k_buffer,
-                            v_buffer,
-                            k_full,
-                            k_free,
-                            v_full,
-                            v_free,
-                            STAGES,
-                        )
-                        fetched += 1
-                cached = cache_start.to(gl.int32) + origin * BLOCK_N
-                for i in range(blocks):
-                    _fetch_block(
-                        cache_k_desc,
-                        cache_v_desc,
-                        cached + i * BLOCK_N,
-                        head * cache_k_stride,
-                        head * cache_v_stride,
-                        fetched,
-                        k_buffer,
-                        v_buffer,
-                        k_full,
-                        k_free,
-                        v_full,
-                        v_free,
-                        STAGES,
-                    )
-                    fetched += 1
-
-
-@gluon.jit
-def _own_weights(logits, shift: gl.constexpr, half_alpha, LAYOUT: gl.constexpr):
-    """``[64]``: SiLU of the logits of each row with itself, column ``row + shift``."""
+    ``logits [64, 64]``: of these rows with each other.
+    """
     OF: gl.constexpr = logits.type.layout
     rows = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, OF))
-    cols = gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, OF))
-    itself = gl.expand_dims(rows + shift, 1) == gl.expand_dims(cols, 0)
+    cols = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(0, OF))
+    itself = gl.expand_dims(rows, 1) == gl.expand_dims(cols, 0)
     own = gl.sum(gl.where(itself, logits, 0.0), 1)
-    return gl.convert_layout(silu_of(own, half_alpha), gl.SliceLayout(1, LAYOUT))
+    weights = gl.convert_layout(silu_of(own, half_alpha), gl.SliceLayout(1, LAYOUT))
+    slot, phase = slot_of(used, STAGES)
+    mbarrier.wait(v_full.index(slot), phase)
+    values = v_buffer.index(slot).slice(first, GROUP_ROWS).load(LAYOUT)
+    mbarrier.arrive(v_free.index(slot), count=1)
+    return gl.expand_dims(weights, 1) * values.to(gl.float32)
 
 
 @gluon.jit
@@ -176,9 +67,9 @@ def _multiply(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    # The own block that holds this group's rows, and where in it they begin.
-    OWN_PART: gl.constexpr = group * 64 // BLOCK_N
-    OWN_SHIFT: gl.constexpr = group * 64 % BLOCK_N
+    OWN_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, GROUP_ROWS, 16])
+    # Where in the own block this group's rows begin.
+    OWN: gl.constexpr = group * 64
     program, programs = gl.program_id(0), gl.num_programs(0)
     pieces, piece_blocks, total_rows, alpha, scale = numbers
     q_buffer, k_buffer, v_buffer, totals = buffers
@@ -186,6 +77,7 @@ def _multiply(
     DTYPE: gl.constexpr = q_buffer.dtype
     half_alpha = alpha * 0.5
     nothing = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    nothing_own = gl.zeros([GROUP_ROWS, GROUP_ROWS], gl.float32, OWN_LAYOUT)
     lines = gl.load(work_ptr).to(gl.int32)
     items = lines * HEADS * pieces
     q = q_buffer.index(group)
@@ -195,52 +87,36 @@ def _multiply(
     for turn in range((items + programs - 1) // programs):
         item = snake(turn, programs, program)
         if item < items:
-            piece, head, start, length, row, _cache_start, history, origin, blocks = _read_item(
+            piece, head, start, length, row, _cache_start, history, origin, blocks = read_item(
                 work_ptr, item, lines, piece_blocks, HEADS, BLOCK_N
             )
             if (piece == 0) | (blocks > 0):
                 mbarrier.wait(q_full, tiles & 1)
                 tiles += 1
-                acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
-                if piece == 0:
-                    for part in gl.static_range(TILE_ROWS // BLOCK_N):
-                        slot, phase = _slot(used, STAGES)
-                        mbarrier.wait(k_full.index(slot), phase)
-                        if part == OWN_PART:
-                            keys = k_buffer.index(slot).permute((1, 0))
-                            coming = warpgroup_mma(q, keys, nothing, use_acc=False, is_async=True)
-                            logits = warpgroup_mma_wait(0, deps=(coming,))
-                            mbarrier.arrive(k_free.index(slot), count=1)
-                            weights = _own_weights(logits, OWN_SHIFT, half_alpha, O_LAYOUT)
-                            mbarrier.wait(v_full.index(slot), phase)
-                            values = v_buffer.index(slot).slice(OWN_SHIFT, GROUP_ROWS).load(O_LAYOUT)
-                            acc = gl.expand_dims(weights, 1) * values.to(gl.float32)
-                        else:
-                            # The other group's rows. Waited for, so that no arrival counts for an earlier block.
-                            mbarrier.arrive(k_free.index(slot), count=1)
-                            mbarrier.wait(v_full.index(slot), phase)
-                        mbarrier.arrive(v_free.index(slot), count=1)
-                        used += 1
                 if blocks > 0:
-                    slot, phase = _slot(used, STAGES)
-                    mbarrier.wait(k_full.index(slot), phase)
-                    keys = k_buffer.index(slot).permute((1, 0))
-                    logits = warpgroup_mma(q, keys, nothing, use_acc=False, is_async=True)
-                    logits = warpgroup_mma_wait(0, deps=(logits,))
-                    mbarrier.arrive(k_free.index(slot), count=1)
+                    if piece == 0:
+                        own = _start_logits(q, used, OWN, k_buffer, k_full, nothing_own, STAGES)
+                        logits = _start_logits(q, used + 1, 0, k_buffer, k_full, nothing, STAGES)
+                        own = warpgroup_mma_wait(1, deps=(own,))
+                        mbarrier.arrive(k_free.index(used % STAGES), count=1)
+                        acc = _own_terms(own, used, OWN, v_buffer, v_full, v_free, half_alpha, O_LAYOUT, STAGES)
+                        logits = warpgroup_mma_wait(0, deps=(logits,))
+                        used += 1
+                    else:
+                        acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
+                        logits = _start_logits(q, used, 0, k_buffer, k_full, nothing, STAGES)
+                        logits = warpgroup_mma_wait(0, deps=(logits,))
+                    mbarrier.arrive(k_free.index(used % STAGES), count=1)
                     begin = origin * BLOCK_N
                     p = weights_of(logits, begin, history - 1, half_alpha, begin + BLOCK_N > history, P_LAYOUT, DTYPE)
                     for i in range(1, blocks):
                         ahead = used + 1
-                        next_slot, next_phase = _slot(ahead, STAGES)
-                        mbarrier.wait(k_full.index(next_slot), next_phase)
-                        keys = k_buffer.index(next_slot).permute((1, 0))
-                        coming = warpgroup_mma(q, keys, nothing, use_acc=False, is_async=True)
-                        slot, phase = _slot(used, STAGES)
+                        coming = _start_logits(q, ahead, 0, k_buffer, k_full, nothing, STAGES)
+                        slot, phase = slot_of(used, STAGES)
                         mbarrier.wait(v_full.index(slot), phase)
                         growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
                         logits = warpgroup_mma_wait(1, deps=(coming,))
-                        mbarrier.arrive(k_free.index(next_slot), count=1)
+                        mbarrier.arrive(k_free.index(ahead % STAGES), count=1)
                         begin += BLOCK_N
                         edge = begin + BLOCK_N > history
                         following = weights_of(logits, begin, history - 1, half_alpha, edge, P_LAYOUT, DTYPE)
@@ -255,7 +131,7 @@ def _multiply(
                         p = following
                         used = ahead
                     mbarrier.arrive(q_free, count=1)
-                    slot, phase = _slot(used, STAGES)
+                    slot, phase = slot_of(used, STAGES)
                     mbarrier.wait(v_full.index(slot), phase)
                     if begin + BLOCK_N > history:
                         clear_behind(v_buffer.index(slot), begin, history)
@@ -266,7 +142,12 @@ def _multiply(
                     if blocks > SPLIT_BLOCKS:
                         acc = total.load(O_LAYOUT) + acc
                 else:
+                    own = _start_logits(q, used, OWN, k_buffer, k_full, nothing_own, STAGES)
+                    own = warpgroup_mma_wait(0, deps=(own,))
+                    mbarrier.arrive(k_free.index(used % STAGES), count=1)
                     mbarrier.arrive(q_free, count=1)
+                    acc = _own_terms(own, used, OWN, v_buffer, v_full, v_free, half_alpha, O_LAYOUT, STAGES)
+                    used += 1
                 row += group * GROUP_ROWS
                 rows = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, O_LAYOUT))
                 cols = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
@@ -358,7 +239,7 @@ def hopper_target_kernel(
         [
             (_first_group, (out_ptr, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)),
             (_second_group, (out_ptr, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)),
-            (_fetch, (work_ptr, descriptors, strides, buffers, barriers, pieces, piece_blocks, HEADS, BLOCK_N, STAGES)),
+            (fetch, (work_ptr, descriptors, strides, buffers, barriers, pieces, piece_blocks, HEADS, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [240, 24],

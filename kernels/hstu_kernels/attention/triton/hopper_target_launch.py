@@ -14,7 +14,6 @@ from hstu_kernels.attention.triton.hopper_launch import (
     BLOCK_M,
     GROUP_ROWS,
     MOST_COLUMNS,
-    HopperTile,
     available,
     described,
     multiprocessors,
@@ -24,8 +23,9 @@ from hstu_kernels.layout import JaggedLayout
 from hstu_kernels.mask import AttentionMask
 from hstu_kernels.triton.launcher import Argument, Panel, Ready, Variant, is_current
 
-# By head width; measured as docs/performance-notes.md tells. All of them give the same bits (tested on CUDA).
-TARGET_TILES = {128: HopperTile(128, 2, 0)}
+WIDTH = 128
+# Keys of a block, as many as a tile has targets, whose own keys are one; and slots of the rings.
+BLOCK_N, STAGES = 128, 2
 # Of a history: more than any has.
 _ALL_BLOCKS = 1 << 30
 _MOST_KINDS = 64
@@ -37,7 +37,7 @@ def fits(q: Tensor, v: Tensor, mask: AttentionMask) -> bool:
     if mask.window_targets and mask.max_attn_len > 0:
         return False
     width = q.shape[2]
-    if width not in TARGET_TILES or v.shape[2] != width or q.dtype.itemsize != 2:
+    if width != WIDTH or v.shape[2] != width or q.dtype.itemsize != 2:
         return False
     return q.is_cuda and same_bits(q.get_device()) and available()
 
@@ -57,37 +57,34 @@ def hopper_target_attention(
     out: Tensor,
     sums: Tensor | None,
     split_rows: int,
-    tile: HopperTile | None = None,
 ) -> bool:
     """Write ``sums [stretches, T, H, D]``, float32, without the factor ``scale``, or without them ``out [T, H, D]``.
 
     Args:
         inputs: q, k, v of the targets, and the cached keys and values, for which `fits` said yes.
         split_rows: of a stretch of a history.
-        tile: other than that of the width.
 
     Returns:
         ``False`` where the copy engine cannot fetch the inputs.
     """
     q, cached = inputs[0], inputs[3]
-    tile = tile or TARGET_TILES[q.shape[2]]
     if not cached.shape[0] or any(x.shape[1] * x.stride(1) >= MOST_COLUMNS for x in inputs):
         return False
-    rows, heads, width = q.shape
+    rows, heads, _ = q.shape
     tiles = tiles_of(layout, rows, heads)
-    lister, kernel = _variants(heads, width, tile, split_rows)
+    lister, kernel = _variants(heads, split_rows)
     work = torch.empty(tiles // heads + 1, FIELDS, dtype=torch.int64, device=q.device)
     pieces = 1 if sums is None else sums.shape[0]
     numbers = (
         *(x.stride(1) for x in inputs),
         pieces,
-        _ALL_BLOCKS if sums is None else split_rows // tile.block_n,
+        _ALL_BLOCKS if sums is None else split_rows // BLOCK_N,
         rows,
         float(alpha),
         float(scale) if sums is None else 1.0,
     )
     programs = min(tiles * pieces, multiprocessors(q.get_device()))
-    call = _Call(kernel, programs, (out if sums is None else sums, work, *inputs), numbers, tile)
+    call = _Call(kernel, programs, (out if sums is None else sums, work, *inputs), numbers)
     if not call.fetched():
         return False
     lister(layout.batch_size, (work, layout.seq_offsets, cache_layout.seq_offsets), (layout.batch_size,))
@@ -102,17 +99,17 @@ class _Call:
         arrays: what is written, the list, and q, k, v and the cached keys and values.
     """
 
-    def __init__(
-        self, kernel: Variant, programs: int, arrays: Sequence[Tensor], numbers: tuple[float, ...], tile: HopperTile
-    ) -> None:
-        self._kernel, self._programs, self._arrays, self._numbers, self._tile = kernel, programs, arrays, numbers, tile
+    def __init__(self, kernel: Variant, programs: int, arrays: Sequence[Tensor], numbers: tuple[float, ...]) -> None:
+        self._kernel, self._programs, self._arrays, self._numbers = kernel, programs, arrays, numbers
         inputs = arrays[2:]
         bits = 0
         for x in inputs:
             bits |= x.data_ptr()
         self._direct = bits % _ALIGNMENT == 0 and is_current(inputs[0].get_device())
         rows = [(x.shape[0], x.stride(0)) for x in inputs]
-        self._kind = (inputs[0].get_device(), programs, numbers, arrays[0].dtype, *rows)
+        # Sums are float32 whatever the inputs are.
+        dtypes = (arrays[0].dtype, inputs[0].dtype)
+        self._kind = (inputs[0].get_device(), programs, numbers, dtypes, *rows)
         self._known = _ready_launches(kernel)
         ready = self._known.get(self._kind) if self._direct else None
         self._ready = None if ready is None or ready.watched() else ready
@@ -122,8 +119,7 @@ class _Call:
         """Whether the copy engine can fetch the inputs."""
         if self._ready is not None:
             return True
-        block = self._tile.block_n
-        for x, rows in zip(self._arrays[2:], (GROUP_ROWS, block, block, block, block), strict=True):
+        for x, rows in zip(self._arrays[2:], (GROUP_ROWS, *(BLOCK_N,) * 4), strict=True):
             plain = panels((x,), rows)
             if plain is None:
                 return False
@@ -150,10 +146,10 @@ def _ready_launches(kernel: Variant) -> dict[Any, Ready]:
 
 
 @functools.lru_cache(maxsize=64)
-def _variants(heads: int, width: int, tile: HopperTile, split_rows: int) -> tuple[Variant, Variant]:
+def _variants(heads: int, split_rows: int) -> tuple[Variant, Variant]:
     """The kernel that lists tiles, and that of the attention."""
     from hstu_kernels.attention.triton.hopper_target import hopper_target_kernel
 
     lister = Variant(hstu_target_list_kernel, TILE=BLOCK_M, num_warps=1)
-    blocks = {"BLOCK_N": tile.block_n, "STAGES": tile.stages, "SPLIT_BLOCKS": split_rows // tile.block_n}
-    return lister, Variant(hopper_target_kernel, HEADS=heads, D=width, **blocks, num_warps=4)
+    blocks = {"BLOCK_N": BLOCK_N, "STAGES": STAGES, "SPLIT_BLOCKS": split_rows // BLOCK_N}
+    return lister, Variant(hopper_target_kernel, HEADS=heads, D=WIDTH, **blocks, num_warps=4)

@@ -22,8 +22,11 @@ from hstu_kernels.triton.launcher import Variant
 
 # Keys of a stretch, whose sums are added up. Never chosen by the batch: a number may not depend on others.
 SPLIT_ROWS = 2048
-# Tiles for each multiprocessor from which on Hopper's programs go through whole histories: they fill it as they are.
+# Tiles for each multiprocessor from which on Hopper's programs go through whole histories: they fill it as they are,
+# and the sums of stretches cost a fifth.
 _PLENTY = 2
+# Targets of a user, on average, up to which tiles of 128 are half empty, and the other kernel with its 64 is ahead.
+_FEW_TARGETS = 64
 _BIAS_BLOCK = 256
 _SUM_ROWS, _SUM_COLUMNS = 8, 256
 _tile_set = functools.lru_cache(maxsize=64)(tile_set)
@@ -112,11 +115,10 @@ def _by_hopper(
     """
     splits, split_rows = parts
     rows, heads, _ = out.shape
-    tiles, machine = tiles_of(layout, rows, heads), multiprocessors(out.get_device())
-    if tiles * splits < machine:
+    if rows <= _FEW_TARGETS * layout.batch_size:
         return False
     sums = None
-    if splits > 1 and tiles < _PLENTY * machine:
+    if splits > 1 and tiles_of(layout, rows, heads) < _PLENTY * multiprocessors(out.get_device()):
         sums = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
     if not hopper_target_attention(
         inputs, cache.layout, layout, alpha=alpha, scale=scale, out=out, sums=sums, split_rows=split_rows

@@ -1,30 +1,12 @@
-"""The kernel that writes work lists: one launch where PyTorch would need some eighty.
-
-Segments are pairs (begin, end) of columns or rows, in whole blocks and in ascending order; a begin at or behind its
-end means none.
-"""
+"""The kernel that writes work lists: one launch where PyTorch would need some eighty."""
 
 import triton
 import triton.language as tl
 
 from hstu_kernels.attention.triton.schedule import LINE
+from hstu_kernels.attention.triton.segments import blocks_of, key_segments, row_segments
 
 _LINE = tl.constexpr(LINE)
-
-
-@triton.jit
-def _floor(x, BLOCK: tl.constexpr):
-    return x // BLOCK * BLOCK
-
-
-@triton.jit
-def _ceil(x, BLOCK: tl.constexpr):
-    return (x + BLOCK - 1) // BLOCK * BLOCK
-
-
-@triton.jit
-def _blocks(begin, end, BLOCK: tl.constexpr):
-    return (tl.maximum(end - begin, 0) + BLOCK - 1) // BLOCK
 
 
 @triton.jit
@@ -33,163 +15,12 @@ def _put(lines, column, before, begin, end, from_block, to_block, live, BLOCK: t
 
     Returns the number of blocks up to the segment's end.
     """
-    blocks = before + _blocks(begin, end, BLOCK)
+    blocks = before + blocks_of(begin, end, BLOCK)
     origin = begin + (from_block - before) * BLOCK
     upto = tl.minimum(tl.maximum(blocks, from_block), to_block) - from_block
     tl.store(lines + column, tl.where(live, origin, 0).to(tl.int64))
     tl.store(lines + column + 1, tl.where(live, upto, 0).to(tl.int64))
     return blocks
-
-
-@triton.jit
-def _key_segments(
-    first,
-    length,
-    history,
-    CONTEXTUAL: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Keys that the query tile at ``first`` meets, as `AttentionMask.key_range`: the ends of seven segments.
-
-    Full are the first and the fourth; the last is empty.
-    """
-    WIDTH: tl.constexpr = MASK.max_attn_len
-    TAIL: tl.constexpr = MASK.full_attn_tail_len
-    PREFIX: tl.constexpr = CONTEXTUAL + MASK.global_prefix_len
-    zero = first * 0
-    last = tl.minimum(first + BLOCK_M, length)
-    from_context = first < CONTEXTUAL
-    end = last
-    if CONTEXTUAL > 0:
-        reached = history
-        if not MASK.contextual_sees_history:
-            reached = tl.minimum(history, CONTEXTUAL)
-        end = tl.where(from_context, tl.maximum(end, reached), end)
-    sees_all = from_context
-    if WIDTH == 0:
-        sees_all = first >= 0
-    if TAIL > 0:
-        sees_all = sees_all | ((last > history - TAIL) & (first < history))
-    if not MASK.window_targets:
-        sees_all = sees_all | (last > history)
-    begin = tl.where(sees_all, 0, tl.maximum(tl.minimum(first, history) - WIDTH, 0))
-    begin = _floor(begin, BLOCK_N)
-    prefix = tl.minimum(tl.minimum(history, PREFIX), end)
-    prefix_end = tl.minimum(tl.where(sees_all, 0, _ceil(prefix, BLOCK_N)), begin)
-
-    # Keys that every row of the tile sees.
-    causal = tl.minimum(first + 1, history)
-    prefix_full = tl.where(from_context, 0, _floor(tl.minimum(causal, PREFIX), BLOCK_N))
-    prefix_full = tl.minimum(prefix_full, prefix_end)
-    unlimited = first < 0
-    if TAIL > 0:
-        unlimited = (first >= history - TAIL) & (first < history)
-    if MASK.window_targets:
-        unlimited = unlimited & (last <= history)
-    else:
-        unlimited = unlimited | (first >= history)
-    if WIDTH == 0:
-        unlimited = first >= 0
-    nearest = tl.maximum(tl.minimum(last - 1, history) - WIDTH, 0)
-    full_begin = tl.maximum(_ceil(tl.where(unlimited, 0, nearest), BLOCK_N), begin)
-    full_end = _floor(causal, BLOCK_N)
-    some = (full_end > full_begin) & (first >= CONTEXTUAL)
-    full_begin = tl.where(some, full_begin, begin)
-    full_end = tl.where(some, full_end, begin)
-
-    # A tile of targets meets the history and itself; the targets in between see none of it.
-    only_targets = first >= history
-    middle_end = tl.where(only_targets, tl.minimum(_ceil(history, BLOCK_N), end), end)
-    middle_end = tl.maximum(middle_end, begin)
-    own = tl.where(only_targets, tl.maximum(_floor(first, BLOCK_N), _ceil(history, BLOCK_N)), end)
-    own = tl.maximum(own, begin)
-    return (
-        zero,
-        prefix_full,
-        prefix_full,
-        prefix_end,
-        begin,
-        full_begin,
-        full_begin,
-        full_end,
-        full_end,
-        middle_end,
-        own,
-        end,
-        end,
-        end,
-    )
-
-
-@triton.jit
-def _row_segments(
-    first,
-    length,
-    history,
-    CONTEXTUAL: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Query rows that the key tile at ``first`` meets, the other way round. Full are the third and the sixth."""
-    WIDTH: tl.constexpr = MASK.max_attn_len
-    PREFIX: tl.constexpr = CONTEXTUAL + MASK.global_prefix_len
-    zero = first * 0
-    last = tl.minimum(first + BLOCK_N, length)
-    is_history = first < history
-    begin = _floor(first, BLOCK_M)
-    context_end = zero
-    if CONTEXTUAL > 0:
-        needed = is_history
-        if not MASK.contextual_sees_history:
-            needed = first < CONTEXTUAL
-        context_end = tl.where(needed, tl.minimum(_ceil(zero + CONTEXTUAL, BLOCK_M), begin), 0)
-
-    unlimited = (first < PREFIX) | (last + WIDTH > history)
-    if WIDTH == 0:
-        unlimited = first >= 0
-    end = tl.where(is_history, tl.where(unlimited, length, last + WIDTH), last)
-    tail = tl.maximum(history - MASK.full_attn_tail_len, 0)
-    tail_begin = tl.maximum(_floor(tail, BLOCK_M), _ceil(end, BLOCK_M))
-    tail_end = length
-    if MASK.window_targets:
-        tail_end = history
-    tail_end = tl.maximum(tl.where(is_history, tail_end, 0), tail_begin)
-
-    # Rows that see every key of the tile.
-    all_history = last <= history
-    causal = tl.maximum(last - 1, CONTEXTUAL)
-    full_begin = tl.maximum(_ceil(causal, BLOCK_M), begin)
-    near = (last <= PREFIX) | (history - first <= WIDTH)
-    if WIDTH == 0:
-        near = first >= 0
-    full_end = _floor(tl.minimum(tl.where(near, length, first + WIDTH + 1), end), BLOCK_M)
-    some = all_history & (full_end > full_begin)
-    full_begin = tl.where(some, full_begin, begin)
-    full_end = tl.where(some, full_end, begin)
-    tail_full_begin = tl.maximum(_ceil(tl.maximum(tail, causal), BLOCK_M), tail_begin)
-    tail_full_end = _floor(tail_end, BLOCK_M)
-    some = all_history & (tail_full_end > tail_full_begin)
-    tail_full_begin = tl.where(some, tail_full_begin, tail_begin)
-    tail_full_end = tl.where(some, tail_full_end, tail_begin)
-    return (
-        zero,
-        context_end,
-        begin,
-        full_begin,
-        full_begin,
-        full_end,
-        full_end,
-        end,
-        tail_begin,
-        tail_full_begin,
-        tail_full_begin,
-        tail_full_end,
-        tail_full_end,
-        tail_end,
-    )
 
 
 @triton.jit
@@ -316,16 +147,16 @@ def hstu_work_kernel(
     live = (tile >= 0) & (tile < tiles)
     first = tile * OWN
     if OF_QUERY:
-        b0, e0, b1, e1, b2, e2, b3, e3, b4, e4, b5, e5, b6, e6 = _key_segments(
+        b0, e0, b1, e1, b2, e2, b3, e3, b4, e4, b5, e5, b6, e6 = key_segments(
             first, length, history, CONTEXTUAL, MASK, BLOCK_M, BLOCK_N
         )
     else:
-        b0, e0, b1, e1, b2, e2, b3, e3, b4, e4, b5, e5, b6, e6 = _row_segments(
+        b0, e0, b1, e1, b2, e2, b3, e3, b4, e4, b5, e5, b6, e6 = row_segments(
             first, length, history, CONTEXTUAL, MASK, BLOCK_M, BLOCK_N
         )
     from_block = tl.zeros([SLOTS], tl.int32)
-    to_block = _blocks(b0, e0, OTHER) + _blocks(b1, e1, OTHER) + _blocks(b2, e2, OTHER) + _blocks(b3, e3, OTHER)
-    to_block += _blocks(b4, e4, OTHER) + _blocks(b5, e5, OTHER) + _blocks(b6, e6, OTHER)
+    to_block = blocks_of(b0, e0, OTHER) + blocks_of(b1, e1, OTHER) + blocks_of(b2, e2, OTHER) + blocks_of(b3, e3, OTHER)
+    to_block += blocks_of(b4, e4, OTHER) + blocks_of(b5, e5, OTHER) + blocks_of(b6, e6, OTHER)
     if LONG > 0:
         # Borders between pieces depend on the sequence alone.
         count = (to_block + ROOM // OTHER - 1) // (ROOM // OTHER)
