@@ -17,22 +17,25 @@ pytestmark = pytest.mark.slow
 WORDS = ("head_users=true", "head_dropout=0.0", "learning_rate=0.01", "valid_every=2")
 
 
+@pytest.mark.parametrize("tables", ["dense_adamw", "rowwise_adagrad"], ids=["replicated", "sharded"])
 @pytest.mark.parametrize("model", ["ultra-hstu", "hstu"])
 def test_one_process_and_two_have_the_same_losses_and_metrics(
-    model: str, recipe: Path, data_dir: Path, tmp_path: Path
+    tables: str, model: str, recipe: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     _, _, config = both_doors(recipe, data_dir, tmp_path / "out", model, *WORDS)
     assert config["optim"]["tables"] == "dense_adamw"
-    config["optim"]["table_weight_decay"] = 0.1
+    config["optim"] |= {"tables": tables, "table_weight_decay": 0.1}
     config["model"]["dropout"] = 0.0
     config["data"] |= {"data_shards": 2, "id_dropout": {}}
     run = {"tensorboard": False, "log_every": 1, "epochs": 2, "max_steps": 12}
+    if tables != "dense_adamw":
+        config["sharding"] = {"item_id": ["row_wise"]}
     found: list[tuple[dict[int, float], dict[str, Any]]] = []
     for ranks in (1, 2):
         folder = tmp_path / f"run-{ranks}"
         config["run"] |= run | {"output_dir": str(folder)}
         said = train(write_config(tmp_path / f"{ranks}.yaml", config), ranks).stdout
-        assert "replicated" in said
+        assert ("replicated" if tables == "dense_adamw" else "row_wise") in said
         found.append((losses(folder), result(folder)["metrics"]))
     (alone, metrics), (both, of_both) = found
     assert len(alone) > 5 and max(alone.values()) / min(alone.values()) > 1.05
