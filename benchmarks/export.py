@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.export_fresh import median_ms, relative_error
 from hstu_plugin._versions import runtime_versions, source_commit
+from hstu_plugin.adapters.torchrec.compiled import compile_scorer, has_compiler
 from hstu_plugin.adapters.torchrec.export import PaddedRetrievalScorer, export_scorer
 from hstu_plugin.config import HSTUConfig, RetrievalConfig
 from hstu_plugin.losses import normalise
@@ -102,11 +102,11 @@ def _add_compiled(
     record: dict[str, Any], program: torch.export.ExportedProgram, given: argparse.Namespace, folder: Path
 ) -> None:
     name = "compiled ahead of time"
-    if not shutil.which("g++"):
-        record["contenders"][name] = {"not measured": "there is no g++"}
+    if not has_compiler():
+        record["contenders"][name] = {"not measured": "there is no C++ compiler"}
         return
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "compiled.pt2"))
+        compile_scorer(program, folder / "compiled.pt2")
     except Exception as error:
         # Whatever PyTorch's compiler runs into here says nothing about the contenders above.
         record["contenders"][name] = {"not measured": f"{type(error).__name__}: {str(error)[:400]}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def _torchx(root: Path) -> tuple[list[str], list[list[str]], list[str]]:
     retrieval = _read(root, "ml-1m")["models"]["HSTU"]
     ranking = _read(root, "kuairand")["models"]["ultra-hstu"]
     for name, other, metrics in (("ml-1m", retrieval, _RETRIEVAL), ("kuairand", ranking, _RANKING)):
-        record = _read(root, f"torchx-{name}")
+        records = _seeds(root, f"torchx-{name}")
         for ours, theirs, shown in metrics:
             test = other["test"]
             found = (
@@ -59,11 +60,15 @@ def _torchx(root: Path) -> tuple[list[str], list[list[str]], list[str]]:
                 if isinstance(theirs, tuple)
                 else {part: test[part][theirs] for part in ("mean", "std")}
             )
-            spread = "" if found["std"] is None else f" ± {found['std']:.4f}"
-            door = f"{found['mean']:.4f}{spread} ({len(other['seeds'])} seeds)"
-            rows.append([name, shown, f"{record['metrics'][ours]:.4f}", door])
-        seed = record["options"]["run"]["seed"]
-        remarks.append(f"`{name}`: seed {seed}, {record['step']:,} steps; {_provenance(record, record)}")
+            values = [record["metrics"][ours] for record in records]
+            # As the other doors' reports: of these seeds, not an estimate for others.
+            spread = statistics.pstdev(values) if len(values) > 1 else None
+            here = _of_seeds(statistics.mean(values), spread, len(values))
+            rows.append([name, shown, here, _of_seeds(found["mean"], found["std"], len(other["seeds"]))])
+        first = records[0]
+        seeds = ", ".join(str(record["options"]["run"]["seed"]) for record in records)
+        named = "seed" if len(records) == 1 else "seeds"
+        remarks.append(f"`{name}`: {named} {seeds}; {first['step']:,} steps; {_provenance(first, first)}")
     return ["data", "metric", "through `torchx run`", "`hstu-recbole`, `hstu-rank`"], rows, remarks
 
 
@@ -83,6 +88,32 @@ def _export(root: Path) -> tuple[list[str], list[list[str]], list[str]]:
         f"{sizes['layers']} layers, d {sizes['dim']}, {record['dtype']}; {_provenance(record, record)}"
     )
     return ["scoring path", "ms", "relative error against jagged"], rows, [facts]
+
+
+def _of_seeds(mean: float, spread: float | None, seeds: int) -> str:
+    around = "" if spread is None else f" ± {spread:.4f}"
+    return f"{mean:.4f}{around} ({seeds} {'seed' if seeds == 1 else 'seeds'})"
+
+
+def _seeds(root: Path, name: str) -> list[dict[str, Any]]:
+    """The records ``name``, ``name-2``, ``name-3`` ...: one training with other seeds.
+
+    Raises:
+        ValueError: they are not of one code, or differ in more than the seed.
+    """
+    further = sorted((root / _RESULTS).glob(f"{name}-[0-9].json"))
+    records = [_read(root, name), *(_read(root, path.stem) for path in further)]
+    for path, record in zip(further, records[1:], strict=True):
+        if _training(record) != _training(records[0]):
+            raise ValueError(f"{path.name}: expected commit and options of {name}.json; record all seeds anew")
+    return records
+
+
+def _training(record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What all seeds have in common."""
+    options = record["options"]
+    run = {key: value for key, value in options["run"].items() if key not in ("seed", "output_dir")}
+    return record["commit"], options | {"run": run}
 
 
 def _read(root: Path, name: str) -> dict[str, Any]:

@@ -180,6 +180,9 @@ def test_training_on_several_gpus_beside_the_other_doors(root: Path) -> None:
     records["torchx-kuairand"] = done | {"metrics": values | {"long_view/auc": 0.75}}
     records["torchx-ml-1m"] = done | {"metrics": {"hr@10": 0.3219, "ndcg@10": 0.1853}}
     doors = {part: {"hit@10": value, "ndcg@10": value} for part, value in (("mean", 0.3178), ("std", 0.0038))}
+    # A second seed: the table has their mean.
+    other = {"run": {"seed": 8, "output_dir": "elsewhere"}}
+    records["torchx-ml-1m-2"] = done | {"options": other, "metrics": {"hr@10": 0.3119, "ndcg@10": 0.1853}}
     records["ml-1m"] = {"models": {"HSTU": {"seeds": [1, 2, 3], "test": doors}}}
     tasks = {
         task: {metric: {"mean": 0.5, "std": None} for metric in ("auc", "gauc", "ne")}
@@ -201,11 +204,16 @@ def test_training_on_several_gpus_beside_the_other_doors(root: Path) -> None:
     )
     for length, gpus, efficiency in (("jagged to ", 1, "-"), ("jagged to ", 2, "93.1%"), ("", 1, "-")):
         assert step.format(length, gpus, efficiency) in new
-    assert "| ml-1m | HR@10 | 0.3219 | 0.3178 ± 0.0038 (3 seeds) |" in new
-    assert "| kuairand | long view AUC | 0.7500 | 0.5000 (1 seeds) |" in new
-    assert "- `kuairand`: seed 7, 1,106 steps; a GPU, torch 2.13, commit 0123456; `a command`. A note.\n" in new
+    assert "| ml-1m | HR@10 | 0.3169 ± 0.0050 (2 seeds) | 0.3178 ± 0.0038 (3 seeds) |" in new
+    assert "| kuairand | long view AUC | 0.7500 (1 seed) | 0.5000 (1 seed) |" in new
+    assert "- `ml-1m`: seeds 7, 8; 1,106 steps;" in new
+    assert "- `kuairand`: seed 7; 1,106 steps; a GPU, torch 2.13, commit 0123456; `a command`. A note.\n" in new
     for row in ("jagged eager | 7.22 | -", "exported | 5.80 | 2e-07", "compiled ahead of time | - | SIGSEGV"):
         assert f"| {row} |\n" in new
+    for change in ({"commit": "another"}, {"options": {"run": {"seed": 8}, "optim": {"dense_lr": 1.0}}}):
+        report.write_json(root / "benchmarks/results/torchx-ml-1m-2.json", records["torchx-ml-1m-2"] | change)
+        with pytest.raises(ValueError, match=r"torchx-ml-1m-2.json: expected commit and options of torchx-ml-1m"):
+            update_readme.updated(block("distributed"), root)
 
 
 def test_a_name_recorded_in_both_folders(root: Path) -> None:

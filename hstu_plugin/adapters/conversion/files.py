@@ -15,11 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from hstu_plugin.adapters.torchrec.options import TableOptimizer
 from hstu_plugin.adapters.torchrec.options_file import options_from_dict
 from hstu_plugin.adapters.torchrec.parquet import Array
 from hstu_plugin.records import plain, write_text
 
 CONFIG = "config.yaml"
+# Of weights, gradients and moments of tables that every rank may hold.
+_REPLICATED_BYTES = 4 << 30
 # Small groups: what a step reads lies in many places, and a reader decodes whole groups.
 _ROWS_OF_GROUP, _ROWS_OF_FILE = 256, 1 << 16
 
@@ -30,6 +33,16 @@ class Dataset:
 
     rows: Mapping[str, int]
     config: Path
+
+
+def table_optimizer(rows: int, width: int) -> str:
+    """The other doors' AdamW of all rows, on every device; for tables of more than 4 GiB that of the rows of a step.
+
+    Args:
+        rows: of all tables. width: of their rows, float32.
+    """
+    small = 16 * width * rows <= _REPLICATED_BYTES
+    return (TableOptimizer.DENSE_ADAMW if small else TableOptimizer.ADAMW).value
 
 
 def jagged(values: Array, starts: Array, ends: Array) -> pa.LargeListArray:

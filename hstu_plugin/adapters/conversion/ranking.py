@@ -11,12 +11,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hstu_plugin.adapters.conversion.files import Dataset, jagged, write_dataset
+from hstu_plugin.adapters.conversion.files import Dataset, jagged, table_optimizer, write_dataset
 from hstu_plugin.adapters.ranking.dataset import ROLES, RankingData, load
 from hstu_plugin.adapters.ranking.schema import read_schema
 from hstu_plugin.adapters.ranking.settings import ModelName, RankSettings, Recipe
 from hstu_plugin.adapters.ranking.trainer import split_windows
-from hstu_plugin.adapters.torchrec.options import TableOptimizer
 from hstu_plugin.adapters.torchrec.parquet import Array
 from hstu_plugin.adapters.torchrec.schema import of_candidates
 from hstu_plugin.ranking_config import Categorical, TokenForm
@@ -24,8 +23,6 @@ from hstu_plugin.ranking_windows import Windows
 from hstu_plugin.records import plain
 
 _MODELS = (ModelName.HSTU, ModelName.ULTRA_HSTU)
-# Of weights, gradients and moments; beyond it AdamW of the rows of a step, and tables that may be sharded.
-_REPLICATED_BYTES = 4 << 30
 
 
 def convert_ranking(recipe: Recipe, settings: RankSettings, directory: Path, out: Path) -> Dataset:
@@ -106,8 +103,7 @@ class _Columns:
         tables = [_table(key, feature, (key, _candidate(key))) for key, feature in shared]
         for keys, of in ((self.users, features.users), (self.series, features.series)):
             tables += [_table(key, feature, (key,)) for key, feature in zip(keys, of, strict=True)]
-        size = 16 * model.embedding_dim * sum(table["num_embeddings"] for table in tables)
-        kind = TableOptimizer.DENSE_ADAMW if size <= _REPLICATED_BYTES else TableOptimizer.AUTO
+        rows = sum(table["num_embeddings"] for table in tables)
         named = {
             "intensities": zip(self.measures, features.intensities, strict=True),
             "contexts": zip(self.contexts, features.action_contexts, strict=True),
@@ -157,7 +153,7 @@ class _Columns:
                 # As the ranking door's AdamW.
                 "decay_vectors": True,
                 "clip_norm": settings.clip_norm or 0.0,
-                "tables": kind.value,
+                "tables": table_optimizer(rows, model.embedding_dim),
                 "table_lr": rate,
                 "table_weight_decay": decay,
                 "table_betas": list(settings.betas),

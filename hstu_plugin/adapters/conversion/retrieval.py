@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 import yaml
 
-from hstu_plugin.adapters.conversion.files import Dataset, jagged, write_dataset
+from hstu_plugin.adapters.conversion.files import Dataset, jagged, table_optimizer, write_dataset
 from hstu_plugin.adapters.recbole import options as recbole_options
 from hstu_plugin.adapters.recbole.atomic import chronological, load
 from hstu_plugin.adapters.recbole.settings import DEFAULTS_FILES, recipe_path
-from hstu_plugin.adapters.torchrec.options import NegativePool, TableOptimizer
+from hstu_plugin.adapters.torchrec.options import NegativePool
 from hstu_plugin.adapters.torchrec.parquet import Array
 from hstu_plugin.config import LossType, NegativeSource
 from hstu_plugin.records import plain
@@ -153,7 +152,6 @@ def _config(recipe: Mapping[str, Any], model: Any, out: Path, *, num_items: int,
     betas = list(run.adam_betas or (0.9, 0.999))
     topk = recipe.get("topk") or [10]
     length = recbole_options.stochastic_length_config(recipe)
-    exact = torch.cuda.is_available()
     return {
         "task": "retrieval",
         "schema": {
@@ -181,9 +179,9 @@ def _config(recipe: Mapping[str, Any], model: Any, out: Path, *, num_items: int,
             "dense_weight_decay": decay,
             "dense_betas": betas,
             "clip_norm": 0.0,
-            "tables": (TableOptimizer.ADAMW if exact else TableOptimizer.ADAGRAD).value,
-            "table_lr": rate if exact else 10 * rate,
-            "table_weight_decay": decay if exact else 0.0,
+            "tables": table_optimizer(num_items + 1, model.embedding_dim),
+            "table_lr": rate,
+            "table_weight_decay": decay,
             "table_betas": betas,
             "warmup_steps": run.warmup_steps,
             "lr_schedule": run.lr_schedule.value,

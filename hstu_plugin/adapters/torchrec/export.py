@@ -6,103 +6,14 @@ lengths say what is real. Looked-up vectors come in, so that the tables may stay
 
 from __future__ import annotations
 
-from copy import copy
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from hstu_kernels import Backend
-from hstu_kernels.bias import bucket_boundaries
-from hstu_plugin.config import HSTUConfig, RowTime
-from hstu_plugin.layer import HSTULayer
+from hstu_plugin.adapters.torchrec.padded import PaddedEncoder, PaddedRows
 from hstu_plugin.losses import normalise
 from hstu_plugin.ranker import HSTURanker
 from hstu_plugin.retrieval import HSTURetrieval
-
-
-class PaddedEncoder(nn.Module):
-    """Embedding and encoder of a core model on padded rows; shares its weights. Memory is ``[B, H, W, W]`` a layer.
-
-    Args:
-        core: the trained model, on its device; taken in its evaluation mode.
-
-    Raises:
-        ValueError: the model truncates, so that its later layers see fewer rows: one width cannot hold both.
-    """
-
-    boundaries: Tensor
-
-    def __init__(self, core: HSTURetrieval | HSTURanker) -> None:
-        super().__init__()
-        if core.config.truncates:
-            raise ValueError(
-                f"truncate_after_layers: expected 0 for padded scoring, got {core.config.truncate_after_layers}; score "
-                "with the jagged model (torch.compile takes it), or with MFalconRanker and its cache"
-            )
-        self.embedding = core.embedding
-        self.layers = nn.ModuleList(_in_pytorch(layer) for layer in core.encoder.first_layers)
-        self.config: HSTUConfig = core.config
-        buckets = core.config.num_time_buckets if core.config.time_bias else 0
-        device = core.encoder.layers[0].uvqk.weight.device  # type: ignore[union-attr]
-        assert isinstance(device, torch.device)
-        # Graphs cannot hold tensors of two devices: the thresholds lie where the weights lie, and move with the scorer.
-        self.register_buffer("boundaries", bucket_boundaries(buckets, device), persistent=False)
-
-    def forward(
-        self, x: Tensor, index: Tensor, ends: Tensor, real: Tensor, times: Tensor, asked_at: Tensor, contextual: int
-    ) -> Tensor:
-        """Rows ``[B, W, D]``; those that are not real hold anything.
-
-        Args:
-            x: ``[B, W, D]`` token vectors. real: ``[B, W]`` bool.
-            index: ``[B or 1, W]`` int64 places inside the sequences, targets behind the histories.
-            ends: ``[B]`` int64 rows before the first target, the ``contextual`` first ones among them.
-            times, asked_at: ``[B, W]`` int64 seconds of the rows as keys, and from which they measure.
-        """
-        ends = ends[:, None]
-        positions = index if index.shape[0] == 1 else torch.minimum(index, ends)
-        x = x * self.config.embedding_dim**0.5
-        if self.embedding.positions is not None:
-            x = x + self.embedding.positions(positions.clamp(max=self.config.max_seq_len))
-        visible = self.config.mask.visible(index[:, :, None], index[:, None, :], ends[:, :, None], contextual)
-        visible = (visible & real[:, :, None] & real[:, None, :])[:, None]
-        buckets = torch.bucketize((asked_at[:, :, None] - times[:, None, :]).abs(), self.boundaries, right=True)
-        reach = self.config.max_seq_len - 1
-        apart = (positions[:, None, :] - positions[:, :, None]).clamp(-reach, reach) + reach
-        for layer in self.layers:
-            assert isinstance(layer, HSTULayer)
-            x = self._layer(layer, x, visible, buckets, apart)
-        return x
-
-    def row_times(self, times: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
-        """``[B, N]``: when rows of right-padded histories ask; ``last [B]`` is the time of the last real one."""
-        if self.config.row_time is not RowTime.REQUEST:
-            return times
-        following = torch.cat([times[:, 1:], times[:, -1:]], dim=1)
-        is_last = torch.arange(times.shape[1], device=times.device)[None, :] == lengths[:, None] - 1
-        return torch.where(is_last, last[:, None], following)
-
-    def _layer(self, layer: HSTULayer, x: Tensor, visible: Tensor, buckets: Tensor, apart: Tensor) -> Tensor:
-        batch, width = x.shape[0], x.shape[1]
-        u, v, q, k = layer._project(x.flatten(0, 1))
-        v, q, k = (part.reshape(batch, width, *part.shape[1:]) for part in (v, q, k))
-        logits = self.config.alpha * torch.einsum("bihd,bjhd->bhij", q, k)
-        if layer.pos_table is not None:
-            logits = logits + layer.pos_table[apart][:, None]
-        if layer.time_table is not None:
-            logits = logits + layer.time_table[buckets][:, None]
-        weights = torch.where(visible, F.silu(logits) * self.config.attn_scale, 0.0)
-        attended = torch.einsum("bhij,bjhd->bihd", weights, v)
-        return layer._gate(x.flatten(0, 1), u, attended.flatten(0, 1)).reshape(x.shape)
-
-
-def _in_pytorch(layer: HSTULayer) -> HSTULayer:
-    """The same weights without our kernels, which an exported graph could not take along."""
-    twin = copy(layer)
-    twin.config = replace(layer.config, backend=Backend.EAGER, recompute=())
-    return twin
+from hstu_plugin.ultra.mixture import MixtureRanker
 
 
 class PaddedRetrievalScorer(nn.Module):
@@ -134,8 +45,8 @@ class PaddedRetrievalScorer(nn.Module):
         """
         places = torch.arange(history.shape[1], device=history.device)[None, :]
         asked_at = self.padded.row_times(times, lengths, request_times)
-        x = self.padded(history, places, lengths, places < lengths[:, None], times, asked_at, 0)
-        last = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
+        x, ends = self.padded(history, PaddedRows(places, lengths, places < lengths[:, None], times, asked_at))
+        last = (ends - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
         users = x.gather(1, last).squeeze(1) * (lengths > 0)[:, None]
         similarity = self.core.retrieval.similarity
         users, items = normalise(users, similarity), normalise(candidates, similarity)
@@ -185,48 +96,104 @@ class PaddedRankingScorer(nn.Module):
         if (self.core.context_width > 0) != (context is not None):
             wanted = f"[B, {self.core.context_width}]" if self.core.context_width else "None, as the model has none"
             raise ValueError(f"context: expected {wanted}, got {None if context is None else tuple(context.shape)}")
-        width, asked = history.shape[1], candidates.shape[1]
-        places = torch.arange(width, device=history.device)[None, :].expand(history.shape[0], -1)
-        behind = lengths[:, None] + torch.arange(asked, device=history.device)
-        real = torch.cat([places < lengths[:, None], torch.ones_like(behind, dtype=torch.bool)], dim=1)
-        # History never depends on targets: its last row measures from its own time.
-        own = times.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
-        rows: Tensor = self.padded(
-            torch.cat([history, candidates], dim=1),
-            torch.cat([places, behind], dim=1),
-            lengths,
-            real,
-            torch.cat([times, candidate_times], dim=1),
-            torch.cat([self.padded.row_times(times, lengths, own), candidate_times], dim=1),
-            self.contextual,
-        )
-        shown = rows[:, width:]
+        asked = candidates.shape[1]
+        shown = _candidate_rows(self.padded, self.contextual, history, lengths, candidates, times, candidate_times)
         if context is not None:
             shown = torch.cat([shown, context[:, None].expand(-1, asked, -1)], dim=2)
         scores: Tensor = self.core.head(shown)
         return scores
 
 
-def export_scorer(
-    scorer: PaddedRetrievalScorer | PaddedRankingScorer, *, history_len: int, num_candidates: int
-) -> torch.export.ExportedProgram:
+class PaddedMixtureScorer(nn.Module):
+    """Scores of a `MixtureRanker` for padded candidates behind each channel's right-padded histories.
+
+    Shares its weights. Equal to the jagged model to rounding. Channels stand in the order of the model's config.
+
+    Args:
+        core: the trained model; taken in its evaluation mode.
+        contextual: leading contextual rows of every channel's history.
+    """
+
+    def __init__(self, core: MixtureRanker, *, contextual: int = 0) -> None:
+        super().__init__()
+        if contextual < 0:
+            raise ValueError(f"contextual: expected a number of rows >= 0, got {contextual}")
+        self.core, self.contextual = core.eval(), contextual
+        self.config = next(iter(core.config.channels.values()))
+        self.padded = nn.ModuleList(PaddedEncoder(one) for one in core.mixture.transducers().values())
+
+    def forward(
+        self, histories: Tensor, lengths: Tensor, candidates: Tensor, times: Tensor, candidate_times: Tensor
+    ) -> Tensor:
+        """``[B, M, num_tasks]`` as `PaddedRankingScorer`.
+
+        Args:
+            histories: ``[B, C, N, D]`` token vectors of the ``C`` channels.
+            lengths: ``[B, C]`` int64 in ``[contextual, N]``.
+            candidates: ``[B, M, D]`` token vectors, the same for all channels.
+            times: ``[B, C, N]`` int64 seconds, 0 for contextual rows.
+            candidate_times: ``[B, M]`` int64 seconds at which each candidate is asked for.
+        """
+        shown = [
+            _candidate_rows(
+                padded, self.contextual, histories[:, c], lengths[:, c], candidates, times[:, c], candidate_times
+            )
+            for c, padded in enumerate(self.padded)
+        ]
+        scores: Tensor = self.core.head(torch.cat(shown, dim=2))
+        return scores
+
+
+def _candidate_rows(
+    padded: nn.Module,
+    contextual: int,
+    history: Tensor,
+    lengths: Tensor,
+    candidates: Tensor,
+    times: Tensor,
+    candidate_times: Tensor,
+) -> Tensor:
+    """``[B, M, D]``: the encoded candidates of one transducer."""
+    assert isinstance(padded, PaddedEncoder)
+    asked = candidates.shape[1]
+    places = torch.arange(history.shape[1], device=history.device)[None, :].expand(history.shape[0], -1)
+    behind = lengths[:, None] + torch.arange(asked, device=history.device)
+    # History never depends on targets: its last row measures from its own time.
+    own = times.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+    rows = PaddedRows(
+        index=torch.cat([places, behind], dim=1),
+        ends=lengths,
+        real=torch.cat([places < lengths[:, None], torch.ones_like(behind, dtype=torch.bool)], dim=1),
+        times=torch.cat([times, candidate_times], dim=1),
+        asked_at=torch.cat([padded.row_times(times, lengths, own), candidate_times], dim=1),
+        contextual=contextual,
+        targets=asked,
+    )
+    encoded: Tensor = padded(torch.cat([history, candidates], dim=1), rows)[0]
+    return encoded[:, encoded.shape[1] - asked :]
+
+
+Scorer = PaddedRetrievalScorer | PaddedRankingScorer | PaddedMixtureScorer
+
+
+def export_scorer(scorer: Scorer, *, history_len: int, num_candidates: int) -> torch.export.ExportedProgram:
     """The graph of ``scorer`` for any batch size, with fixed history and candidate widths.
 
-    Save it with ``torch.export.save``, or compile it with ``torch._inductor.aoti_compile_and_package``.
+    Save it with ``torch.export.save``, or compile it with `compile_scorer`.
     """
     dim, batch = scorer.config.embedding_dim, 2
-    weight = scorer.core.encoder.layers[0].uvqk.weight  # type: ignore[union-attr]
-    assert isinstance(weight, Tensor)
-    device = weight.device
-    asked = (batch, num_candidates) if isinstance(scorer, PaddedRankingScorer) else (batch,)
+    weight = next(scorer.core.parameters())
+    device, dtype = weight.device, weight.dtype
+    channels = (len(scorer.padded),) if isinstance(scorer, PaddedMixtureScorer) else ()
+    asked = (batch,) if isinstance(scorer, PaddedRetrievalScorer) else (batch, num_candidates)
     example: tuple[Tensor, ...] = (
-        torch.zeros(batch, history_len, dim, device=device, dtype=weight.dtype),
-        torch.full((batch,), history_len, dtype=torch.int64, device=device),
-        torch.zeros(batch, num_candidates, dim, device=device, dtype=weight.dtype),
-        torch.zeros(batch, history_len, dtype=torch.int64, device=device),
+        torch.zeros(batch, *channels, history_len, dim, device=device, dtype=dtype),
+        torch.full((batch, *channels), history_len, dtype=torch.int64, device=device),
+        torch.zeros(batch, num_candidates, dim, device=device, dtype=dtype),
+        torch.zeros(batch, *channels, history_len, dtype=torch.int64, device=device),
         torch.zeros(asked, dtype=torch.int64, device=device),
     )
     if isinstance(scorer, PaddedRankingScorer) and scorer.core.context_width:
-        example += (torch.zeros(batch, scorer.core.context_width, device=device, dtype=weight.dtype),)
+        example += (torch.zeros(batch, scorer.core.context_width, device=device, dtype=dtype),)
     users = torch.export.Dim("users", min=1)
     return torch.export.export(scorer, example, dynamic_shapes=tuple({0: users} for _ in example))

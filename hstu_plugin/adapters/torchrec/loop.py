@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -27,6 +26,7 @@ from hstu_plugin.adapters.torchrec.evaluate import evaluate_ranking, evaluate_re
 from hstu_plugin.adapters.torchrec.fused import fused_params, make_dense_optimizer, set_table_steps, table_steps
 from hstu_plugin.adapters.torchrec.metrics import RankingMetrics, RetrievalMetrics
 from hstu_plugin.adapters.torchrec.options import Resume, TableOptimizer, TaskName, TrainOptions
+from hstu_plugin.adapters.torchrec.pipeline import Pipeline, detach, make_pipeline, paused
 from hstu_plugin.adapters.torchrec.report import Report
 from hstu_plugin.adapters.torchrec.samplers import make_sampler
 from hstu_plugin.adapters.torchrec.sharding import describe_plan, draw_tables, shard_model
@@ -108,19 +108,13 @@ class Trainer:
         options = self.options.run
         finished, metrics = True, {}
         # One pipeline for all epochs: it looks two batches ahead, and takes a while to fill.
-        pipeline: TrainPipelineBase[Any, Any] | TrainPipelineSparseDist[Any, Any]
-        if self.replicated:
-            # No ids travel between ranks.
-            pipeline = TrainPipelineBase(self.model, self.optimizer, self.device)
-        else:
-            pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
+        pipeline = make_pipeline(self.model, self.optimizer, self.device, replicated=self.replicated)
         batches = self._batches()
         while self.epoch < options.epochs and not self._enough():
             finished = self._train_epoch(pipeline, batches)
             if not finished:
                 break
-        if isinstance(pipeline, TrainPipelineSparseDist):
-            pipeline.detach()
+        detach(pipeline)
         self._check_finite()
         self._save()
         if finished and self.options.data.eval is not None:
@@ -154,11 +148,7 @@ class Trainer:
         self.report.evaluated(self.step, metrics)
         return metrics
 
-    def _train_epoch(
-        self,
-        pipeline: TrainPipelineBase[Any, Any] | TrainPipelineSparseDist[Any, Any],
-        batches: Iterator[SequenceBatch],
-    ) -> bool:
+    def _train_epoch(self, pipeline: Pipeline, batches: Iterator[SequenceBatch]) -> bool:
         """The rest of the epoch; False when asked to stop."""
         options = self.options.run
         while self.epoch_step < self.plan.steps_an_epoch and not self._enough():
@@ -179,22 +169,11 @@ class Trainer:
                 self._check_finite()
                 self._save()
             if options.eval_every and self.step % options.eval_every == 0 and self.options.data.eval is not None:
-                self._evaluate_between(pipeline)
+                with paused(pipeline):
+                    self.evaluate()
         if self.epoch_step >= self.plan.steps_an_epoch:
             self.epoch, self.epoch_step = self.epoch + 1, 0
         return True
-
-    def _evaluate_between(self, pipeline: TrainPipelineBase[Any, Any] | TrainPipelineSparseDist[Any, Any]) -> None:
-        if not isinstance(pipeline, TrainPipelineSparseDist):
-            self.evaluate()
-            return
-        # The tables need their own forward for it.
-        pipeline.detach()
-        self.evaluate()
-        pipeline.attach()
-        if pipeline.contexts:
-            # Attaching sends the ids of the next batch anew, and leaves it to us to receive them.
-            pipeline.wait_sparse_data_dist(pipeline.contexts[0])
 
     def _batches(self) -> Iterator[SequenceBatch]:
         self._source = RankBatches(

@@ -20,7 +20,7 @@ from hstu_plugin.adapters.torchrec.options import (
     TaskName,
     TrainOptions,
 )
-from hstu_plugin.adapters.torchrec.schema import FeatureSchema
+from hstu_plugin.adapters.torchrec.schema import FeatureSchema, nearest
 from hstu_plugin.config import HSTUConfig, RetrievalConfig
 from hstu_plugin.ranking_config import RankingConfig, TaskConfig
 from hstu_plugin.records import plain as plain_values
@@ -65,7 +65,7 @@ def options_from_dict(plain: Mapping[str, Any]) -> TrainOptions:
     known = {f.name for f in dataclasses.fields(TrainOptions)}
     unknown = sorted(set(plain) - known)
     if unknown:
-        raise ValueError(f"unknown sections {unknown}; known: {sorted(known)}")
+        raise ValueError(f"unknown sections {unknown}{nearest(unknown, known)}; known: {sorted(known)}")
     missing = sorted({"task", "schema", "data", "run"} - set(plain))
     if missing:
         raise ValueError(f"missing sections {missing}")
@@ -116,7 +116,8 @@ def _channel(name: str, plain: Any, model: Mapping[str, Any]) -> Channel:
     given = dict(plain or {})
     unknown = sorted(set(given) - {"actions", "model", "config"})
     if unknown:
-        raise ValueError(f"mixture.{name}: unknown keys {unknown}; known: ['actions', 'model']")
+        near = nearest(unknown, ("actions", "model"))
+        raise ValueError(f"mixture.{name}: unknown keys {unknown}{near}; known: ['actions', 'model']")
     values = given["config"] if "config" in given else {**model, **(given.get("model") or {})}
     return Channel(config=_model(f"mixture.{name}.model", values), actions=tuple(given.get("actions") or ()))
 
@@ -134,7 +135,7 @@ def _section(cls: type[Any], name: str, plain: Any) -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(plain) - set(known))
     if unknown:
-        raise ValueError(f"{name}: unknown keys {unknown}; known: {known}")
+        raise ValueError(f"{name}: unknown keys {unknown}{nearest(unknown, known)}; known: {known}")
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     missing = [key for key in needed if key not in plain]
     if missing:

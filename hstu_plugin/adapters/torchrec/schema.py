@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,7 +181,7 @@ class FeatureSchema:
         known = set(cls.__dataclass_fields__)
         unknown = sorted(set(plain) - known)
         if unknown:
-            raise ValueError(f"schema: unknown keys {unknown}; known: {sorted(known)}")
+            raise ValueError(f"schema: unknown keys {unknown}{nearest(unknown, known)}; known: {sorted(known)}")
         if not plain.get("tables"):
             raise ValueError("schema.tables: expected a list of {name, num_embeddings, features}, got nothing")
         try:
@@ -267,3 +268,10 @@ def table_width(embedding_dim: int) -> int:
 
 def _draw(table: torch.Tensor) -> None:
     torch.nn.init.trunc_normal_(table, std=_INIT_STD)
+
+
+def nearest(unknown: Iterable[object], known: Iterable[str]) -> str:
+    """What a message says after keys that nobody reads: the known ones they look like, or nothing."""
+    known = list(known)
+    near = [name for key in unknown for name in difflib.get_close_matches(str(key).lower(), known, 2, 0.6)]
+    return f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,8 @@ from hstu_plugin.adapters.torchrec.options import TrainOptions
 from hstu_plugin.adapters.torchrec.options_file import load_options
 
 _STOPPED = 128 + signal.SIGTERM
+# What PyTorch says to TorchRec, once a rank: there is nothing in them for whoever trains.
+_NOT_OURS = ("Please use DTensor instead and we are deprecating ShardedTensor", "`broadcast_buffers` is deprecated")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: TrainOptions, *, evaluate_only: bool = False) -> int:
     """Train, or evaluate the newest checkpoint; returns the exit code, 143 where it was asked to stop."""
+    for message in _NOT_OURS:
+        warnings.filterwarnings("ignore", message=re.escape(message), category=FutureWarning)
     device, local_world_size = join_group(options.run.timeout_s)
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

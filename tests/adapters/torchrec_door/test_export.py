@@ -13,13 +13,19 @@ import pytest
 import torch
 
 from hstu_kernels import AttentionMask
-from hstu_plugin.adapters.torchrec.export import PaddedRankingScorer, PaddedRetrievalScorer, export_scorer
+from hstu_plugin.adapters.torchrec.export import (
+    PaddedMixtureScorer,
+    PaddedRankingScorer,
+    PaddedRetrievalScorer,
+    export_scorer,
+)
 from hstu_plugin.config import RetrievalConfig, Variant
 from hstu_plugin.losses import normalise
 from hstu_plugin.ranker import HSTURanker
 from hstu_plugin.ranking_tokens import with_targets
 from hstu_plugin.retrieval import HSTURetrieval
 from hstu_plugin.sequence import JaggedSequence
+from hstu_plugin.ultra.mixture import MixtureConfig, MixtureRanker
 
 from .cases import NOW, TASKS, config, unit_tables
 
@@ -98,8 +104,10 @@ def ranking_inputs(contextual: int, dtype: torch.dtype = torch.float64) -> tuple
         {"row_time": "event", "variant": "production"},
         {"variant": "ultra", "mask": AttentionMask(max_attn_len=2, full_attn_tail_len=2, global_prefix_len=1)},
         {"mask": AttentionMask(max_attn_len=2, window_targets=True)},
+        {"num_layers": 3, "truncate_after_layers": 2, "truncate_to": 3},
+        {"num_layers": 2, "truncate_after_layers": 1, "truncate_to": 40, "mask": AttentionMask(max_attn_len=2)},
     ],
-    ids=["default", "production", "semi-local", "windowed-targets"],
+    ids=["default", "production", "semi-local", "windowed-targets", "truncated", "truncated-to-all"],
 )
 def test_padded_ranking_scores_are_the_jagged_models(contextual: int, changes: dict[str, object]) -> None:
     model, given = ranker(**changes), ranking_inputs(contextual)
@@ -108,8 +116,9 @@ def test_padded_ranking_scores_are_the_jagged_models(contextual: int, changes: d
     before = replace(before, layout=replace(before.layout, contextual_seq_len=contextual))
     behind = JaggedSequence.from_padded(candidates, torch.full_like(lengths, ASKED), asked_at)
     wanted = model(with_targets(before, behind)).view(len(LENGTHS), ASKED, -1)
-    got = PaddedRankingScorer(model, contextual=contextual)(*given)
-    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    scorer = PaddedRankingScorer(model, contextual=contextual)
+    torch.testing.assert_close(scorer(*given), wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(scorer(*(x[:1] for x in given)), wanted[:1], rtol=1e-10, atol=1e-10)
     assert wanted.std() > 0.01
 
 
@@ -130,11 +139,48 @@ def test_a_head_that_reads_the_user_is_exported_with_its_context() -> None:
         scorer(*given)
 
 
-@pytest.mark.parametrize("scorer", [PaddedRetrievalScorer, PaddedRankingScorer])
-def test_truncation_is_refused(scorer: type) -> None:
-    make = core if scorer is PaddedRetrievalScorer else ranker
-    with pytest.raises(ValueError, match="truncate_after_layers: expected 0 for padded scoring, got 1"):
-        scorer(make(num_layers=2, truncate_after_layers=1, truncate_to=4))
+@pytest.mark.parametrize("keep", [1, 4, 40])
+def test_truncated_models_are_padded_too(keep: int) -> None:
+    changes = {"num_layers": 3, "truncate_after_layers": 1, "truncate_to": keep}
+    model, given = core(**changes), inputs()
+    torch.testing.assert_close(
+        PaddedRetrievalScorer(model)(*given), jagged_scores(model, given), rtol=1e-10, atol=1e-10
+    )
+    program = export_scorer(PaddedRetrievalScorer(model), history_len=WIDTH, num_candidates=ASKED)
+    torch.testing.assert_close(program.module()(*given), jagged_scores(model, given), rtol=1e-10, atol=1e-10)
+
+
+CHANNELS = {
+    "all": {"num_layers": 2, "truncate_after_layers": 1, "truncate_to": 3, "variant": "ultra"},
+    "liked": {"num_layers": 1, "time_bias": False},
+}
+
+
+@pytest.mark.parametrize("contextual", [0, 2])
+def test_a_mixture_is_exported_with_all_its_channels(contextual: int) -> None:
+    torch.manual_seed(1)
+    channels = {name: config(**changes) for name, changes in CHANNELS.items()}
+    model = MixtureRanker(MixtureConfig(channels=channels), TASKS).double().eval()
+    for one in model.mixture.transducers().values():
+        unit_tables(one.encoder)
+    history, lengths, candidates, times, asked_at = ranking_inputs(contextual)
+    # The second channel has other events, and none of one user.
+    histories = torch.stack([history, history.flip(0)], 1)
+    histories[:, 1, :contextual] = history[:, :contextual]
+    each = torch.stack([lengths, lengths.flip(0)], 1)
+    seconds = torch.stack([times, times.flip(0)], 1)
+    jagged = {}
+    for c, name in enumerate(CHANNELS):
+        seq = JaggedSequence.from_padded(histories[:, c], each[:, c], seconds[:, c])
+        jagged[name] = replace(seq, layout=replace(seq.layout, contextual_seq_len=contextual))
+    behind = JaggedSequence.from_padded(candidates, torch.full_like(lengths, ASKED), asked_at)
+    wanted = model(jagged, behind).view(len(LENGTHS), ASKED, -1)
+    scorer, given = PaddedMixtureScorer(model, contextual=contextual), (histories, each, candidates, seconds, asked_at)
+    program = export_scorer(scorer, history_len=WIDTH, num_candidates=ASKED)
+    for call in (scorer, program.module()):
+        torch.testing.assert_close(call(*given), wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(call(*(x[:1] for x in given)), wanted[:1], rtol=1e-10, atol=1e-10)
+    assert wanted.std() > 0.01
 
 
 RELOAD = """

@@ -84,6 +84,20 @@ def test_epochs_have_orders_of_their_own_and_seeds_repeat_them(folder: Path) -> 
     assert in_order == [users(batch) for batch in batches(options(folder, shuffle=False), epoch=1)] != first
 
 
+def test_rows_of_one_group_are_drawn_too(tmp_path: Path) -> None:
+    # Groups hold neighbours, such as the windows of one user: a step of theirs alone would be a step of few users.
+    write_retrieval(tmp_path, files=1, group=USERS)
+
+    def first(**changes: Any) -> list[tuple[int, ...]]:
+        return users(next(batches(options(tmp_path, bucket_steps=1, data_shards=1, **changes))))
+
+    columns = histories(0)
+    rows = [(*a, *b) for a, b in zip(columns["item_id"], columns["time"], strict=True)]
+    kept = first(shuffle=False)
+    assert kept == sorted(rows[: len(kept)])
+    assert len(set(first()) - set(kept)) > len(kept) // 2
+
+
 def test_workers_change_nothing(folder: Path) -> None:
     wanted = [users(b) for b in batches(options(folder))]
     assert [users(b) for b in batches(options(folder, workers=2))] == wanted
