@@ -119,25 +119,13 @@ def weights_of(logits, begin, last, half_alpha, edge, P_LAYOUT: gl.constexpr, DT
 
 
 @gluon.jit
-def clear_behind(values, begin, length):
-    """Zeros for rows of another sequence: a weight of 0 does not hide what is no number.
-
-    Thirty-two rows at a time: what lies before the end is not touched, and what lies behind it is not read.
-    """
+def _clear_behind(values, begin, length):
+    """Zeros for rows of another sequence: a weight of 0 does not hide what is no number."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    ROWS: gl.constexpr = 32
-    WIDTH: gl.constexpr = values.shape[1]
+    x = values.load(LAYOUT)
+    rows = begin + gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     # Both groups write, and the same: neither waits for the other.
-    for part in gl.static_range(values.shape[0] // ROWS):
-        first = begin + part * ROWS
-        if first + ROWS > length:
-            some = values.slice(part * ROWS, ROWS)
-            zeros = gl.zeros([ROWS, WIDTH], values.dtype, LAYOUT)
-            if first < length:
-                rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-                some.store(gl.where(gl.expand_dims(rows < length, 1), some.load(LAYOUT), zeros))
-            else:
-                some.store(zeros)
+    values.store(gl.where(gl.expand_dims(rows < length, 1), x, gl.zeros_like(x)))
     fence_async_shared()
     gl.thread_barrier()
 
@@ -210,7 +198,7 @@ def _multiply(
                 mbarrier.wait(v_full.index(slot), (used // STAGES) & 1)
                 # Only the last block can reach over the end.
                 if begin + BLOCK_N > length:
-                    clear_behind(v_buffer.index(slot), begin, length)
+                    _clear_behind(v_buffer.index(slot), begin, length)
                 last = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(last,))
                 mbarrier.arrive(v_free.index(slot), count=1)

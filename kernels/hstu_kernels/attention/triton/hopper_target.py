@@ -15,8 +15,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hstu_kernels.attention.triton.hopper_forward import GROUP_ROWS, clear_behind, ring, silu_of, snake, weights_of
+from hstu_kernels.attention.triton.hopper_forward import GROUP_ROWS, ring, silu_of, snake, weights_of
 from hstu_kernels.attention.triton.hopper_target_fetch import fetch, read_item, slot_of
+
+
+@gluon.jit
+def _clear_behind(values, begin, length):
+    """Zeros for rows of another sequence: a weight of 0 does not hide what is no number.
+
+    Thirty-two rows at a time: what lies before the end is not touched, and what lies behind it is not read.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    ROWS: gl.constexpr = 32
+    WIDTH: gl.constexpr = values.shape[1]
+    # Both groups write, and the same: neither waits for the other.
+    for part in gl.static_range(values.shape[0] // ROWS):
+        first = begin + part * ROWS
+        if first + ROWS > length:
+            some = values.slice(part * ROWS, ROWS)
+            zeros = gl.zeros([ROWS, WIDTH], values.dtype, LAYOUT)
+            if first < length:
+                rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+                some.store(gl.where(gl.expand_dims(rows < length, 1), some.load(LAYOUT), zeros))
+            else:
+                some.store(zeros)
+    fence_async_shared()
+    gl.thread_barrier()
 
 
 @gluon.jit
@@ -134,7 +158,7 @@ def _multiply(
                     slot, phase = slot_of(used, STAGES)
                     mbarrier.wait(v_full.index(slot), phase)
                     if begin + BLOCK_N > history:
-                        clear_behind(v_buffer.index(slot), begin, history)
+                        _clear_behind(v_buffer.index(slot), begin, history)
                     growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
                     acc = warpgroup_mma_wait(0, deps=(growing,))
                     mbarrier.arrive(v_free.index(slot), count=1)
