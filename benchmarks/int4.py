@@ -157,7 +157,7 @@ def _draw(path: Path, rows: Sequence[Row], device: str) -> None:
     else:
         values = [100 * row["share_of_copy"] for row in rows]
         axes.axvline(100, color="grey", linewidth=1)
-        axes.set_xlabel("% of the copy bandwidth of the same run (packed bytes read + bfloat16 bytes written)")
+        axes.set_xlabel("% of the copy bandwidth of the same run\n(packed bytes read + bfloat16 bytes written)")
     bars = axes.barh(names, values)
     axes.bar_label(bars, fmt="%.3g", padding=3)
     axes.margins(x=0.12)

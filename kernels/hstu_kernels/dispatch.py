@@ -39,7 +39,10 @@ def choose_backend(
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """What rows ``x`` are multiplied in by weights of ``dtype``; under autocast its own, as in PyTorch's operators."""
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, dtype):
+    # There is no autocast for "meta", on which models are traced.
+    if x.is_meta or torch.float64 in (x.dtype, dtype):
+        return dtype
+    if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return dtype
 

@@ -122,6 +122,7 @@ def test_a_compiler_takes_the_search_for_a_gpu_as_it_is(monkeypatch: pytest.Monk
 def test_products_run_in_autocasts_dtype() -> None:
     rows = torch.empty(0, 256)
     assert dispatch.product_dtype(rows, torch.bfloat16) is torch.bfloat16
+    assert dispatch.product_dtype(rows.to("meta"), torch.float32) is torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert dispatch.product_dtype(rows, torch.float32) is torch.bfloat16
         assert dispatch.product_dtype(rows.double(), torch.float32) is torch.float32
