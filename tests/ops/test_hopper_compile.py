@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.ops.assembled import resources
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper_launch", reason="Triton is not installed")
@@ -52,19 +53,6 @@ def compiled(dtype: torch.dtype, width: int, tile: hopper.HopperTile) -> Any:
     }
     source = GluonASTSource(fn=hopper_fwd_kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-
-
-def resources(kernel: Any, folder: Path) -> dict[str, int]:
-    """Registers and bytes of stack of a thread, as the assembler says."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not os.access(tool, os.X_OK):
-        pytest.skip("this Triton ships no cuobjdump")
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    listing = subprocess.run(
-        [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", listing)}
 
 
 @pytest.mark.parametrize(("width", "tile"), [(w, t) for w, tiles in hopper.TILES.items() for t in tiles], ids=str)

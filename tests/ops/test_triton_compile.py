@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from hstu_kernels.attention.triton.tiles import (
     padded_width,
     tile_set,
 )
+from tests.ops.assembled import resources
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
@@ -159,19 +158,6 @@ def compiled(
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tile.num_warps, "num_stages": tile.num_stages, **capped},
     )
-
-
-def resources(kernel: Any, folder: Path) -> dict[str, int]:
-    """Registers and bytes of stack of a thread, as the assembler says."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not os.access(tool, os.X_OK):
-        pytest.skip("this Triton ships no cuobjdump")
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    listing = subprocess.run(
-        [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", listing)}
 
 
 @pytest.mark.parametrize("name", ["forward", "dq", "dkdv", "bias", "target"])

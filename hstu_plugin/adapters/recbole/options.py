@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, TypeVar
 
 from hstu_kernels import AttentionMask
+from hstu_plugin.adapters.input_errors import close_names
 from hstu_plugin.config import HSTUConfig, LossType, RetrievalConfig
 from hstu_plugin.schedule import LearningRateSchedule
 from hstu_plugin.ultra.stochastic_length import StochasticLengthConfig
@@ -250,8 +250,7 @@ def refuse_unknown(sources: Mapping[str, Collection[str]], known: Collection[str
     for source, keys in sources.items():
         for key in keys:
             if key not in known:
-                by_lower = {name.lower(): name for name in known}
-                near = [by_lower[name] for name in difflib.get_close_matches(str(key).lower(), by_lower, 3, 0.6)]
+                near = close_names(key, known, 3)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
                 raise ValueError(f"unknown configuration key {key!r} in {source}{hint}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 
+from hstu_plugin.adapters.input_errors import close_names
 from hstu_plugin.ranking_config import Categorical, Intensity, RankingFeatures, TokenForm
 
 _INIT_STD = 0.02
@@ -273,5 +273,5 @@ def _draw(table: torch.Tensor) -> None:
 def nearest(unknown: Iterable[object], known: Iterable[str]) -> str:
     """What a message says after keys that nobody reads: the known ones they look like, or nothing."""
     known = list(known)
-    near = [name for key in unknown for name in difflib.get_close_matches(str(key).lower(), known, 2, 0.6)]
+    near = [name for key in unknown for name in close_names(key, known, 2)]
     return f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""

@@ -19,6 +19,8 @@ from hstu_kernels.attention.triton.hopper_forward import GROUP_ROWS, ring, silu_
 from hstu_kernels.attention.triton.hopper_target_fetch import fetch, read_item, slot_of
 
 
+# Not one with the forward's: with this text behind it the forward's loop is scheduled anew, and was slower in the one
+# run that had it (docs/performance-notes.md).
 @gluon.jit
 def _clear_behind(values, begin, length):
     """Zeros for rows of another sequence: a weight of 0 does not hide what is no number.
