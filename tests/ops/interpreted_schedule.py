@@ -240,16 +240,18 @@ def test_spans_of_blocks(lengths: list[int], block: int, seed: int) -> None:
             assert spans[begin].tolist() == [int(own.min()), int(own.max())]
 
 
-@pytest.mark.parametrize("lengths", [(70, 0, 33, 64, 1), (128, 128, 128), (5,), (0, 0)], ids=str)
-def test_mixed_lists_hold_the_same_tiles_the_busiest_first(lengths: tuple[int, ...]) -> None:
-    """For programs that stay and share the tiles to and fro: what lies next to each other is alike."""
+@pytest.mark.parametrize(
+    "lengths",
+    [(70, 0, 513, 64, 1), (512, 256, 257), (5,), (0, 0), tuple(range(140)), (140_000,)],
+    ids=lambda n: str(n[:5]),
+)
+def test_pairs_stand_sequence_by_sequence_without_gaps(lengths: tuple[int, ...]) -> None:
+    """For programs that stay and take lines in turn; 140 sequences and 547 pairs take a program more than one round."""
     layout = JaggedLayout.from_lengths(torch.tensor(lengths))
-    plan = plan_triton(layout, AttentionMask(), None, sum(lengths))
-    mixed, plain = (
-        [line for line in work.tolist() if line[1]] for work in (plan.mixed_work(32, 16), plan.query_work(32, 16))
-    )
-    assert sorted(mixed) == sorted(plain)
-    blocks = [line[-1] for line in mixed]
-    tiles = [line[3] // 32 for line in mixed]
-    assert tiles == sorted(tiles, reverse=True)
-    assert all(count > 0 for count in blocks)
+    work = plan_triton(layout, AttentionMask(), None, sum(lengths)).pair_work()
+    expected = []
+    for place in layout.seq_lengths.sort(descending=True, stable=True).indices.tolist():
+        start, length = int(layout.seq_offsets[place]), lengths[place]
+        expected += [[start, length, pair] for pair in range(-(-length // schedule.PAIR_ROWS))]
+    assert work[: len(expected), :3].tolist() == expected
+    assert not work[len(expected) :, :3].any()

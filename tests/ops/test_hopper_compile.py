@@ -38,7 +38,7 @@ def compiled(dtype: torch.dtype, width: int, tile: hopper.HopperTile) -> Any:
 
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     signature = {"out_ptr": f"*{name}", "work_ptr": "*i64"}
-    for argument, rows in (("q_desc", 64), ("k_desc", tile.block_n), ("v_desc", tile.block_n)):
+    for argument, rows in (("q_desc", 64), ("k_desc", tile.block_n), ("v_desc", tile.block_n), ("out_desc", 64)):
         layout = hopper.shared_layout(rows, width, dtype)
         signature[argument] = f"tensordesc<{name}[{rows}, {width}],{layout!r}>"
     numbers = ("items", "q_head_stride", "k_head_stride", "v_head_stride")
@@ -63,7 +63,9 @@ def test_fetches_by_the_copy_engine_and_fits(
     kernel = compiled(dtype, width, tile)
     code = kernel.asm["ptx"]
     # q twice, k and v, 64 columns at a time.
-    assert code.count("cp.async.bulk.tensor") == 4 * width // 64
+    assert code.count("cp.async.bulk.tensor.2d.shared") == 4 * width // 64
+    # Results of whole groups, in one instruction for each of the two.
+    assert code.count("cp.async.bulk.tensor.2d.global") == 2
     assert code.count("setmaxnreg") >= 3
     assert "tanh.approx.f32" in code
     assert kernel.metadata.shared <= 227 * 1024

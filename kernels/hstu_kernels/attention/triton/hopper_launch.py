@@ -10,18 +10,16 @@ import triton
 from torch import Tensor
 
 from hstu_kernels.attention.triton.arguments import panels, same_bits
-from hstu_kernels.attention.triton.schedule import MIXED_ROWS, TritonPlan
+from hstu_kernels.attention.triton.schedule import PAIR_ROWS, TritonPlan, list_length
 from hstu_kernels.mask import AttentionMask
 from hstu_kernels.triton.launcher import Argument, Panel, Ready, Variant
 
 # The Gluon interface may change with each Triton: only those for which the kernel was written and tested.
 _TRITONS = ("3.6.",)
-BLOCK_M = 128
+BLOCK_M = PAIR_ROWS // 2
 GROUP_ROWS = 64
 # Coordinates of the copy engine have 32 bits.
 MOST_COLUMNS = 1 << 31
-# `schedule` mixes so many sequences at most.
-_MOST_MIXED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +31,11 @@ class HopperTile:
     least: int
 
 
-# By head width, the longest first. Measured on an H200 (docs/performance-notes.md): up to 2048 rows the other kernel is
-# ahead. All of them and the other kernel give the same bits (tested on CUDA).
-TILES = {128: (HopperTile(128, 2, 8192), HopperTile(64, 3, 4096))}
+# By head width, the longest first. Measured on an H100 (docs/performance-notes.md), and nothing shorter. All of them and
+# the other kernel give the same bits (tested on CUDA).
+TILES = {128: (HopperTile(128, 2, 8192), HopperTile(64, 3, 4096), HopperTile(64, 4, 512))}
+# Pairs of tiles for each program, from which on it wins: the other kernel cuts a small batch finer.
+LEAST_TURNS = 2
 
 
 def hopper_forward(
@@ -58,6 +58,9 @@ def hopper_forward(
         return None
     if any(x.shape[1] * x.stride(1) >= MOST_COLUMNS for x in (q, k, v)):
         return None
+    pairs = list_length(plan.total_rows, layout.batch_size, PAIR_ROWS) * q.shape[1]
+    if pairs < LEAST_TURNS * multiprocessors(q.get_device()):
+        return None
     return HopperForward(q, plan, tile, alpha, scale)
 
 
@@ -78,18 +81,16 @@ class HopperForward:
 
     Args:
         q: of such a call. alpha, scale: numbers of it.
-        programs: that stay and share the tiles; ``None``: by the batch.
+        programs: that stay and share the tiles; ``None``: one for each multiprocessor.
     """
 
     def __init__(
         self, q: Tensor, plan: TritonPlan, tile: HopperTile, alpha: float, scale: float, programs: int | None = None
     ) -> None:
         self._tile, self._alpha, self._scale = tile, alpha, scale
-        self._work = plan.mixed_work(BLOCK_M, tile.block_n)
+        self._work = plan.pair_work()
         self._items = self._work.shape[0] * q.shape[1]
-        # Programs that stay need tiles in one order; without it the device deals them out, one to a program.
-        stay = plan.total_rows <= MIXED_ROWS and plan.layout.batch_size <= _MOST_MIXED
-        self._programs = programs or (min(self._items, multiprocessors(q.get_device())) if stay else self._items)
+        self._programs = programs or min(self._items, multiprocessors(q.get_device()))
         self._kernel = _variant(q.shape[1], q.shape[2], tile.block_n, tile.stages)
         self._ready: Ready | None = None
 
@@ -101,9 +102,10 @@ class HopperForward:
         ready = self._ready
         if ready is not None and direct and not ready.watched():
             q, k, v = inputs
-            ready([out.data_ptr(), self._work.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr()])
+            place = out.data_ptr()
+            ready([place, self._work.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), place])
             return True
-        fetched = self._panels(inputs)
+        fetched = self._panels((*inputs, out))
         if fetched is None:
             return False
         arrays: tuple[Argument, ...] = (out, self._work, *fetched)
@@ -113,9 +115,9 @@ class HopperForward:
             self._ready = self._kernel.ready(self._programs, arrays, numbers)
         return True
 
-    def _panels(self, inputs: tuple[Tensor, ...]) -> tuple[Panel, ...] | None:
+    def _panels(self, arrays: tuple[Tensor, ...]) -> tuple[Panel, ...] | None:
         found = []
-        for x, rows in zip(inputs, (GROUP_ROWS, self._tile.block_n, self._tile.block_n), strict=True):
+        for x, rows in zip(arrays, (GROUP_ROWS, self._tile.block_n, self._tile.block_n, GROUP_ROWS), strict=True):
             plain = panels((x,), rows)
             if plain is None:
                 return None

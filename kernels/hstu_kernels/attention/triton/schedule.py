@@ -36,9 +36,11 @@ FULL_SEGMENTS = {"query": (0, 3), "key": (2, 5)}
 PIECE_ROWS = 4096
 # Rows of the last sequences, whose tiles run busiest first all together. Their keys and values fit into the cache.
 END_ROWS = 16384
-# The same for programs that stay, to which the device deals nothing out: whole batches, as far as those that read the
-# same keys and values still run together.
-MIXED_ROWS = 65536
+# Rows of a pair of tiles, for programs that stay: a tile and its mirror image take as long as any other pair of a
+# sequence, so that the list needs no other order than that of the sequences.
+PAIR_ROWS = 256
+# A line of theirs: sequence start, length, pair; one place is free, so that a line is one sector of memory.
+PAIR_LINE = 4
 # Lines that one program of the list's kernel writes.
 _SLOTS = 32
 
@@ -67,9 +69,18 @@ class TritonPlan:
         """``[lines, LINE]`` int64: query tiles and the key blocks they meet; some lines are empty."""
         return self._work("query", block_m, block_n)
 
-    def mixed_work(self, block_m: int, block_n: int) -> Tensor:
-        """As `query_work`, with the tiles of the last MIXED_ROWS rows in one order, the busiest first."""
-        return self._work("mixed", block_m, block_n)
+    def pair_work(self) -> Tensor:
+        """``[lines, PAIR_LINE]`` int64: pairs of query tiles, sequence by sequence, the longest first."""
+        key = ("pair", PAIR_ROWS, PAIR_ROWS)
+        if key not in self.work:
+            layout = self.layout
+            lines = list_length(self.total_rows, layout.batch_size, PAIR_ROWS)
+            work = torch.empty(lines, PAIR_LINE, dtype=torch.int64, device=layout.device)
+            if lines:
+                arrays = (work, self.order, self.ends, layout.seq_offsets)
+                _pair_writer()(layout.batch_size, arrays, (layout.batch_size, lines))
+            self.work[key] = work
+        return self.work[key]
 
     def key_work(self, block_m: int, block_n: int) -> Tensor:
         """``[lines, LINE]`` int64: key tiles and the blocks of query rows they meet; some lines are empty."""
@@ -108,7 +119,7 @@ class TritonPlan:
         programs = (lines + _SLOTS - 1) // _SLOTS
         work = torch.empty(programs * _SLOTS, LINE, dtype=torch.int64, device=layout.device)
         if lines:
-            room = (long if pieces else 0, PIECE_ROWS, MIXED_ROWS if side == "mixed" else END_ROWS)
+            room = (long if pieces else 0, PIECE_ROWS, END_ROWS)
             kernel = _list_writer(layout.contextual_seq_len, self.mask, block_m, block_n, of_query, *room)
             batch = layout.batch_size
             arrays = (work, self.order, self.ends, layout.seq_offsets, layout.num_targets)
@@ -126,6 +137,14 @@ def _list_writer(
 
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "LONG": long, "ROOM": room, "SLOTS": _SLOTS, "END_ROWS": end}
     return Variant(hstu_work_kernel, CONTEXTUAL=contextual, MASK=mask, OF_QUERY=of_query, **sizes, num_warps=1)
+
+
+@functools.lru_cache(maxsize=1)
+def _pair_writer() -> Variant:
+    from hstu_kernels.attention.triton.pairs import hstu_pair_kernel
+    from hstu_kernels.triton.launcher import Variant
+
+    return Variant(hstu_pair_kernel, SLOTS=128, num_warps=1)
 
 
 def plan_triton(layout: JaggedLayout, mask: AttentionMask, bias: RelativeBias | None, total_rows: int) -> TritonPlan:
