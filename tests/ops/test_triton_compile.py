@@ -123,7 +123,7 @@ def compiled(
         descriptors=descriptors,
         precision=precision,
         assembly=True,
-        own_in_registers=tile.own_in_registers if dtype.itemsize == 2 else 0,
+        own_in_registers=tile.own_in_registers if dtype.itemsize == 2 and capability == 90 else 0,
         warps=tile.num_warps if dtype.itemsize == 2 and capability == 90 else 0,
     )
     constants: dict[str, Any] = {"SHAPE": shape, "MASK": mask, "ENTRIES": 256 if bias else 0, "COPIES": 32}
