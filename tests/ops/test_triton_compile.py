@@ -186,6 +186,13 @@ def test_hopper_code_fits_into_registers(name: str, tmp_path: Path) -> None:
     assert resources(kernel, tmp_path)["STACK"] <= STACK_BOUND
 
 
+def test_own_operands_pass_shared_memory_by() -> None:
+    """Those of dq that stay in registers: shared memory holds three stages of keys and values, and barriers."""
+    kernel = compiled("dq", 90, descriptors=True)
+    assert kernel.metadata.shared <= 3 * 2 * 64 * 128 * 2 + 256
+    assert kernel.asm["ttgir"].count("ld.global.nc.b32") == 2
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_the_tile_of_long_batches_fits_into_registers(width: int, tmp_path: Path) -> None:
     plain = AttentionMask()
