@@ -303,6 +303,33 @@ def test_the_rows_of_a_tile_are_never_a_number(name: str, width: int) -> None:
             assert torch.equal(other[key], result), key
 
 
+@pytest.mark.parametrize("by", [1, 2, 8])
+@pytest.mark.parametrize("width", [64, 128])
+def test_where_operands_lie_is_never_a_number(width: int, by: int) -> None:
+    """Pairs of columns come as words, where they can: rows may begin anywhere."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from hstu_kernels.attention.triton.launch import triton_backward, triton_forward
+
+    inputs = semi_local(MASKS["prefix"], width=width)
+    plan = plan_triton(inputs.layout, inputs.mask, None, inputs.q.shape[0])
+    grad = torch.randn_like(inputs.v)
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((x.shape[0], x[0].numel() + by + 1), torch.nan, dtype=x.dtype, device=x.device)
+        view = wide[:, by : by + x[0].numel()].unflatten(1, x.shape[1:])
+        return view.copy_(x)
+
+    arguments = (None, None, plan, inputs.alpha, inputs.scale, None)
+    operands = [x.detach() for x in (inputs.q, inputs.k, inputs.v)]
+    expected, got = (
+        [triton_forward(*xs, *arguments), *triton_backward(g, *xs, *arguments, (True, True, True, False, False))[:3]]
+        for xs, g in ((operands, grad), ([moved(x) for x in operands], moved(grad)))
+    )
+    for name, one, other in zip(("out", "dq", "dk", "dv"), expected, got, strict=True):
+        assert one is not None and other is not None
+        assert torch.equal(one, other), name
+
+
 def test_a_call_repeats_its_bits() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     inputs = semi_local(MASKS["causal"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ def addressable(x: Tensor) -> tuple[Tensor, int, int]:
         x = x.contiguous()
         row, head, column = x.stride()
     return x, row, head
+
+
+def in_pairs(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether columns 2 i and 2 i + 1 of all rows and heads of ``[L, H, D]``, of two bytes each, lie in one word."""
+    return all(
+        x.data_ptr() % 4 == 0 and x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 for x in tensors if x is not None
+    )
 
 
 def panels(tensors: tuple[Tensor, ...], rows: int) -> tuple[Panel, ...] | None:
@@ -99,7 +107,8 @@ def shape_of(facts: Facts, tile: Tile, descriptors: bool, grad_stride: int = 0) 
         descriptors=descriptors,
         precision=precision,
         assembly=not interpreting(),
-        own_in_registers=tile.own_in_registers if dtype.itemsize == 2 and not interpreting() else 0,
+        # Products of other chips take no operand out of shared memory, or none out of registers.
+        own_in_registers=tile.own_in_registers if dtype.itemsize == 2 and hopper else 0,
         grad_stride=grad_stride,
         warps=tile.num_warps if dtype.itemsize == 2 and hopper else 0,
     )

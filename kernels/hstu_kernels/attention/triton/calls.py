@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from hstu_kernels.attention.triton.arguments import (
     Tables,
     addressable,
     facts_of,
+    in_pairs,
     panels,
     same_bits,
     shape_of,
@@ -255,7 +257,9 @@ class Job:
     ) -> None:
         """Launch what has not been launched before; ``keep``: the next one may differ in its addresses alone."""
         described: Sequence[Argument] | None = panels(streamed, self._streamed_rows) if streamed else ()
-        options = (self._facts, self._mask, self.tile, bool(described), self._entries, self._grad_stride)
+        # The own side's operands: inputs, and the first of ``own`` where it is a gradient that comes in.
+        tile = self.tile if in_pairs((*inputs, own[0])) else replace(self.tile, own_in_registers=0)
+        options = (self._facts, self._mask, tile, bool(described), self._entries, self._grad_stride)
         kernel = _variant(self._role, *options)
         fetched = (None,) * len(streamed) if described is None else described
         arrays = (*inputs, *own, *fetched, *tables, *self._owned, *sums, self.work)

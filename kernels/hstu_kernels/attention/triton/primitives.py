@@ -232,20 +232,22 @@ def load_own(
     """As `load_tile`, bounded: an operand that stays for the whole loop, of two bytes an element if IN_REGISTERS.
 
     What the compiler sees as a load it keeps in shared memory and reads again for each product, and products of narrow
-    tiles use up its bandwidth. What comes out of assembly stays in registers.
+    tiles use up its bandwidth. What comes out of assembly stays in registers; pairs of columns, as the product wants
+    them, come there without a detour through shared memory. They have to lie at multiples of four bytes (`in_pairs`).
     """
     if IN_REGISTERS and WIDTH == BLOCK:
         base = (ptr + begin.to(tl.int64) * row_stride).to(tl.int64, bitcast=True)
-        row = tl.broadcast_to(tl.arange(0, ROWS)[:, None], ROWS, BLOCK)
-        tile = tl.inline_asm_elementwise(
-            """{ .reg .u64 a; .reg .pred p; setp.lt.s32 p, $1, $2; mad.wide.s32 a, $3, 2, $4; mov.b16 $0, 0;
-            @p ld.global.nc.b16 $0, [a]; }""",
-            "=h,r,r,r,l",
-            [row, seq_len - begin, row * row_stride + tl.arange(0, BLOCK)[None, :], base],
-            dtype=ptr.dtype.element_ty,
+        row = tl.broadcast_to(tl.arange(0, ROWS)[:, None], ROWS, BLOCK // 2)
+        even, odd = tl.inline_asm_elementwise(
+            """{ .reg .u64 a; .reg .pred p; .reg .b32 x; setp.lt.s32 p, $2, $3; mad.wide.s32 a, $4, 2, $5; mov.b32 x, 0;
+            @p ld.global.nc.b32 x, [a]; mov.b32 {$0, $1}, x; }""",
+            "=h,=h,r,r,r,l",
+            [row, seq_len - begin, row * row_stride + tl.arange(0, BLOCK // 2)[None, :] * 2, base],
+            dtype=(ptr.dtype.element_ty, ptr.dtype.element_ty),
             is_pure=True,
             pack=1,
         )
+        tile = tl.join(even, odd).reshape(ROWS, BLOCK)
     else:
         tile = load_tile(ptr, row_stride, begin, seq_len, ROWS, WIDTH, BLOCK, True)
     return tile

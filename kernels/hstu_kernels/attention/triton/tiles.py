@@ -11,9 +11,9 @@ import torch
 class Tile:
     """Rows of a query tile, rows of a key tile, warps, and depth of the software pipeline.
 
-    ``own_in_registers``: so many operands of the own side stay in registers, where they have two bytes an element:
-    ``q`` in the forward, ``dout`` and then ``q`` in dq, ``v`` and then ``k`` in dkdv. ``registers``: of a thread at
-    most, so that more programs fit on a multiprocessor; 0: as many as the compiler takes.
+    ``own_in_registers``: so many operands of the own side stay in registers, where they have two bytes an element and
+    pairs of them lie in one word: ``q`` in the forward, ``dout`` and then ``q`` in dq, ``v`` and then ``k`` in dkdv.
+    ``registers``: of a thread at most, so that more programs fit on a multiprocessor; 0: as many as the compiler takes.
     """
 
     block_m: int
@@ -53,7 +53,7 @@ class KernelShape:
         descriptors: full blocks of the streamed operands come through tensor descriptors.
         precision: of float32 products, ``ieee``, ``tf32x3`` or ``tf32``; see `float32_precision`.
         assembly: there is inline assembly: a GPU, not the interpreter.
-        own_in_registers: as in `Tile`; wants ``assembly``.
+        own_in_registers: as in `Tile`; 0 elsewhere than on Hopper.
         warps: of a program on Hopper, whose products of two bytes leave 16 rows to each; 0 elsewhere.
         few_buckets: a block whose times span at most that many thresholds compares with each of them.
         grad_stride: of the rows of dq, dk and dv, which may be columns of one wider matrix; 0: contiguous.
@@ -168,7 +168,7 @@ _LONG = {64: (2048, Tile(128, 64, 4, 3, 1)), 128: (8192, Tile(128, 64, 8, 3))}
 LONG_BATCH = min(least for least, _ in _LONG.values())
 # Three short programs of a multiprocessor hide each other's ends.
 _WINDOWED = _PLAIN | {
-    128: TileSet(Tile(64, 32, 4, 4, 1, registers=168), Tile(64, 64, 4, 3, 2), Tile(32, 64, 4, 3, 2), Tile(64, 64, 4, 1))
+    128: TileSet(Tile(64, 32, 4, 4, 1, registers=168), Tile(64, 64, 4, 3, 2), Tile(32, 64, 4, 3, 1), Tile(64, 64, 4, 1))
 }
 _TABLES = TileSet(Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 2), _FEW_KEYS, Tile(64, 64, 4, 1))
 _BIASED = {64: _TABLES, 128: _TABLES, 256: _WIDEST}
