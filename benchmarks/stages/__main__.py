@@ -20,8 +20,8 @@ from benchmarks.attention.cases import choose
 from benchmarks.ledger import RESULTS, LedgerError, append
 from benchmarks.machine import provenance
 from benchmarks.stages.host import WHOLE_PART, host_parts
-from benchmarks.stages.measure import COLUMNS, PART, WrongCopy, run_study
-from benchmarks.stages.patching import WHOLE, StalePatch
+from benchmarks.stages.measure import COLUMNS, PART, WrongCopy, call_once, run_study
+from benchmarks.stages.patching import WHOLE
 from benchmarks.stages.report import write_report
 from benchmarks.stages.studies import BACKWARD, HOST_CASES, STUDIES, Study
 
@@ -82,13 +82,17 @@ def compile_command(pattern: str | None, part: str) -> None:
         raise click.ClickException(f"--slice: expected I/N such as 0/4, got {part}") from None
     device = _device()
     studies = _chosen(pattern)
-    pairs = [(study, stage) for study in studies for stage in (WHOLE, *study.stages)][index::of]
+    pairs = [(study, stage) for study in studies for stage in (WHOLE, *study.stages) if stage is WHOLE or stage.edits]
+    pairs = pairs[index::of]
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for study in studies:
-            names = [stage.name for of_study, stage in pairs if of_study is study]
-            if names:
-                _rows(study, device, Path(folder), 0.0, names)
+            stages = [stage for of_study, stage in pairs if of_study is study]
+            if stages:
+                wrong += call_once(study, stages, device, _place(Path(folder), study))
     click.echo(f"{len(pairs)} called")
+    if wrong:
+        raise click.ClickException("; ".join(wrong))
 
 
 @main.command()
@@ -104,14 +108,15 @@ def report(source: Path, output: Path, device_name: str | None) -> None:
         raise click.ClickException(str(error)) from None
 
 
-def _rows(
-    study: Study, device: torch.device, folder: Path, seconds: float, only: list[str] | None = None
-) -> list[dict[str, object]]:
-    place = folder / study.name.replace(" ", "-")
+def _rows(study: Study, device: torch.device, folder: Path, seconds: float) -> list[dict[str, object]]:
     try:
-        return list(run_study(study, device, place, seconds=seconds, only=only, say=click.echo))
-    except (StalePatch, WrongCopy) as error:
+        return list(run_study(study, device, _place(folder, study), seconds=seconds, say=click.echo))
+    except WrongCopy as error:
         raise click.ClickException(str(error)) from None
+
+
+def _place(folder: Path, study: Study) -> Path:
+    return folder / study.name.replace(" ", "-")
 
 
 def _chosen(pattern: str | None) -> list[Study]:

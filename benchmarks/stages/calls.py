@@ -48,7 +48,7 @@ def kernel_of(study: Study, plan: Any) -> str:
         return "hstu_bwd_dq_kernel, hstu_bwd_dkdv_kernel"
     if study.direction == CACHED:
         return "hopper_target_kernel"
-    hopper = any(kit.hopper is not None for kit in plan.kits.values())
+    hopper = any(getattr(kit, "hopper", None) is not None for kit in plan.kits.values())
     return "hopper_fwd_kernel" if hopper else "hstu_fwd_kernel"
 
 

@@ -31,37 +31,29 @@ class WrongCopy(Exception):
 
 
 def run_study(
-    study: Study,
-    device: torch.device,
-    folder: Path,
-    *,
-    seconds: float,
-    only: Sequence[str] | None = None,
-    say: Callable[[str], None] = print,
+    study: Study, device: torch.device, folder: Path, *, seconds: float, say: Callable[[str], None] = print
 ) -> Iterator[dict[str, object]]:
-    """Rows of ``study`` without those of the machine; none where ``seconds`` is 0, which compiles and calls alone.
+    """Rows of ``study`` without the columns of the machine.
 
     Args:
-        folder: for the copies. only: names of stages; ``None`` for all. say: told of stages that cannot run here.
+        folder: for the copies. seconds: aim for each stage. say: told of stages that cannot be taken out here, which have no row.
 
     Raises:
-        WrongCopy: the copy of all stages differs from the shipped kernels, or one without a stage does not differ.
+        WrongCopy: the copy of all stages differs from the shipped kernels.
     """
     batch = make_batch(study.chosen(), device, torch.bfloat16)
-    stages = [WHOLE, *(stage for stage in study.stages if only is None or stage.name in only)]
     with ExitStack() as open_copies, own_stream(device):
-        shipped, _ = calls(study, WHOLE, batch, Copy(PACKAGE))
-        wanted = shipped[0]()
+        wanted = calls(study, WHOLE, batch, Copy(PACKAGE))[0][0]()
         timed: list[tuple[Stage, list[Make]]] = []
         kernel = ""
-        for stage in stages:
-            copy = open_copies.enter_context(imported_copy(stage, folder))
-            made, plan = calls(study, stage, batch, copy)
+        for stage in (WHOLE, *study.stages):
             try:
+                copy = open_copies.enter_context(imported_copy(stage, folder))
+                made, plan = calls(study, stage, batch, copy)
                 found = made[0]()
                 synchronize(device)
             except Exception as error:
-                # The compiler may refuse a kernel without a stage; the others are still worth their time.
+                # Stale edits, or a kernel that the compiler refuses: the others are still worth their time.
                 if stage is WHOLE:
                     raise
                 say(f"cannot run: {study.name} without {stage.name}: {type(error).__name__}: {_first_line(error)}")
@@ -72,10 +64,9 @@ def run_study(
                 if not same(found[:3], wanted[:3]):
                     raise WrongCopy(f"{study.name}: the copy of the kernels differs from the shipped ones")
             elif stage.visible and same(found, wanted):
-                raise WrongCopy(f"{study.name}: nothing changed without {stage.name}; its edits are not where it runs")
+                say(f"cannot run: {study.name}: nothing changed without {stage.name}; its edits are not where it runs")
+                continue
             timed.append((stage, made))
-        if not seconds:
-            return
         spreads = _in_turns([made for _, made in timed], device, seconds=seconds)
         whole = spreads[0].p50
         for (stage, _), spread in zip(timed, spreads, strict=True):
@@ -93,6 +84,20 @@ def run_study(
                 "samples": spread.samples,
                 "share": left if stage.alone or stage is WHOLE else 1 - left,
             }
+
+
+def call_once(study: Study, stages: Sequence[Stage], device: torch.device, folder: Path) -> list[str]:
+    """Compile what ``stages`` of ``study`` need; nothing is compared and nothing timed. Returns what went wrong."""
+    batch = make_batch(study.chosen(), device, torch.bfloat16)
+    wrong = []
+    for stage in stages:
+        try:
+            with imported_copy(stage, folder) as copy:
+                calls(study, stage, batch, copy)[0][0]()
+                synchronize(device)
+        except Exception as error:
+            wrong.append(f"{study.name}, {stage.name}: {type(error).__name__}: {_first_line(error)}")
+    return wrong
 
 
 def _in_turns(sets: Sequence[Sequence[Make]], device: torch.device, *, seconds: float) -> list[Spread]:
