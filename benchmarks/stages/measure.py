@@ -36,7 +36,7 @@ def run_study(
     """Rows of ``study`` without the columns of the machine.
 
     Args:
-        folder: for the copies. seconds: aim for each stage. say: told of stages that cannot be taken out here, which have no row.
+        folder: for the copies. seconds: aim for each stage. say: told of stages that cannot be taken out.
 
     Raises:
         WrongCopy: the copy of all stages differs from the shipped kernels.
