@@ -26,7 +26,7 @@ class _Empty(torch.autograd.Function):
 
 def empty_microseconds(bound: Bound, device: torch.device, *, seconds: float) -> float:
     """Host time of a backward through `_Empty`, called as ours is."""
-    return host_microseconds([_backward(bound, _empty(bound))], device, seconds=seconds)
+    return host_microseconds([_backward(bound, empty_output(bound))], device, seconds=seconds)
 
 
 def added_microseconds(bound: Bound, device: torch.device, *, seconds: float) -> float:
@@ -34,13 +34,14 @@ def added_microseconds(bound: Bound, device: torch.device, *, seconds: float) ->
 
     In the thread that calls: autograd's own thread has to wake up first, which differs by 50 us between two runs.
     """
-    calls = [_backward(bound, bound.forward(*bound.inputs[0])), _backward(bound, _empty(bound))]
+    calls = [_backward(bound, bound.forward(*bound.inputs[0])), _backward(bound, empty_output(bound))]
     with torch.autograd.set_multithreading_enabled(False):
         ours, empty = host_medians(calls, device, seconds=seconds)
     return ours - empty
 
 
-def _empty(bound: Bound) -> Tensor:
+def empty_output(bound: Bound) -> Tensor:
+    """What `_Empty` made of the inputs of ``bound``."""
     out: Tensor = _Empty.apply(bound.grads[0], *bound.inputs[0])  # type: ignore[no-untyped-call]
     return out
 

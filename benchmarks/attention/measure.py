@@ -30,7 +30,7 @@ def measure(bound: Bound, batch: Batch, directions: tuple[str, ...], *, seconds:
     """Time ``bound`` in every way that the case asks for; a dictionary of the measured columns for each."""
     case, device = batch.case, batch.device
     work = Work.of(case, batch.layout)
-    with _own_stream(device):
+    with own_stream(device):
         for direction in directions:
             if direction == BACKWARD and not bound.grads:
                 continue
@@ -132,7 +132,7 @@ def _step(bound: Bound) -> Call:
 
 
 @contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device) -> Iterator[None]:
     """A stream that can be captured: a backward runs on the stream of its forward."""
     if device.type != "cuda":
         yield

@@ -19,6 +19,10 @@ from benchmarks.attention.unavailable import Unavailable
 
 Attend = Callable[..., Tensor]
 
+# Configurations of the backward of ``triton_hstu_mha`` that its tuner does not try, by a case's name: those of one
+# program for a whole sequence lose the device there, and leave half the chip idle (docs/benchmarks.md).
+_PARALLEL_ALONE = frozenset({"16x4096x4x128-jagged"})
+
 
 def triton_hstu(batch: Batch) -> Attend:
     """``triton_hstu_mha`` of Meta's generative-recommenders, tuned anew for each length and batch size."""
@@ -37,12 +41,24 @@ def triton_hstu(batch: Batch) -> Attend:
     if "attn_scale" in known:
         options["attn_scale"] = torch.tensor(batch.scale, device=batch.device)
     options = {name: value for name, value in options.items() if name in known}
+    tuner = getattr(importlib.import_module(run.__module__), "_hstu_attn_bwd", None)
+    if tuner is not None:
+        tuner.configs = left(tuner, case.name)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = run(q=q, k=k, v=v, **options)
         return out
 
     return attend
+
+
+def left(tuner: Any, case: str) -> list[Any]:
+    """The configurations that ``tuner`` of a backward may try for ``case``; all of its own are kept beside them."""
+    if not hasattr(tuner, "all_configs"):
+        tuner.all_configs = list(tuner.configs)
+    if case not in _PARALLEL_ALONE:
+        return list(tuner.all_configs)
+    return [config for config in tuner.all_configs if config.kwargs.get("SEQUENCE_PARALLEL")]
 
 
 def fa3_hstu(batch: Batch) -> Attend:

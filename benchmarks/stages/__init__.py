@@ -1,0 +1,1 @@
+"""Where the time of a kernel goes: kernels timed with one stage taken out at a time."""
