@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ops.assembled import resources
+from tests.ops.assembled import resources, waits_for_products
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper_launch", reason="Triton is not installed")
@@ -74,6 +74,8 @@ def test_fetches_by_the_copy_engine_and_fits(
     assert used["STACK"] == 0
     # Twelve warps of a program: 65,536 registers of a multiprocessor.
     assert used["REG"] <= 168
+    # Of each group: the first product; in the loop and between two tiles, the one before and its own; the very last.
+    assert waits_for_products(kernel, tmp_path) == 2 * 6
 
 
 @functools.cache

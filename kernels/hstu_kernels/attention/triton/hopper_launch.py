@@ -31,7 +31,7 @@ class HopperTile:
     least: int
 
 
-# By head width, the longest first. Measured on an H100 (docs/performance-notes.md), nothing shorter is. All of them and the
+# By head width, the longest first; measured on an H100 (docs/performance-notes.md), nothing shorter was. They and the
 # other kernel give the same bits (tested on CUDA).
 TILES = {128: (HopperTile(128, 2, 8192), HopperTile(64, 3, 4096), HopperTile(64, 4, 512))}
 # Pairs of tiles for each program, from which on it wins: the other kernel cuts a small batch finer.
