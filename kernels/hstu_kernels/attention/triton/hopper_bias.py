@@ -99,12 +99,8 @@ def low_times(times_ptr, start, begin, length, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _few_buckets(
-    rows, keys, row_high, key_low, lowest, time_ptr, bounds_ptr, MORE: gl.constexpr, BUCKETS: gl.constexpr
-):
-    """As `rab._few_buckets`; ``rows [64, 1]`` and ``keys [1, 64]`` are int32, counted from ``key_low``."""
-    farthest = (row_high - key_low).to(gl.int32)
-    entry = gl.load(time_ptr + lowest)
+def _few_buckets(rows, keys, farthest, lowest, entry, time_ptr, bounds_ptr, MORE: gl.constexpr, BUCKETS: gl.constexpr):
+    """As `rab._few_buckets`; ``rows [64, 1]`` and ``keys [1, 64]`` are int32, counted from the earliest key."""
     for i in gl.static_range(MORE):
         bound = gl.load(bounds_ptr + gl.minimum(lowest + i, BUCKETS - 1))
         bound = gl.where(lowest + i < BUCKETS, bound, farthest + 1)
@@ -173,58 +169,71 @@ def _positions(row, begin, length, pos_ptr, REACH: gl.constexpr, LAYOUT: gl.cons
 
 
 @gluon.jit
+def block_class(row, begin, length, row_span, key_span, time_ptr, BUCKETS: gl.constexpr):
+    """What the times of a block's corners say: its lowest bucket and how many more it may span, the lowest bucket's
+    entry, and the low half of the earliest key's time.
+
+    More than _UNKNOWN: no look-up by low halves. Of a block that nobody sees: one bucket.
+    """
+    if BUCKETS > 0:
+        row_low, row_high = row_span
+        key_low, key_high = key_span
+        lowest, more = bucket_range(row_low, row_high, key_low, key_high, BUCKETS)
+        is_wide = (more > _FEW) & (_is_narrow(row_low, row_high, key_low, key_high) == 0)
+        more = gl.where(is_wide, 2 * _UNKNOWN, more)
+        more = gl.where((begin > row + 63) | (row >= length), 0, more)
+        entry = gl.load(time_ptr + lowest)
+        base = key_low.to(gl.int32)
+    else:
+        lowest, more, base = row * 0, row * 0, row * 0
+        entry = gl.load(time_ptr) if BUCKETS == 0 else (row * 0).to(gl.float32)
+    return lowest, more, entry, base
+
+
+@gluon.jit
 def block_bias(
     row,
     begin,
     start,
     length,
-    row_span,
-    key_span,
+    known,
+    row_high,
     row_times,
     tables,
     REACH: gl.constexpr,
     BUCKETS: gl.constexpr,
-    FIRST: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
     """The bias of rows from ``row`` and keys from ``begin`` on, ``[64, 64]``; something finite where all is hidden.
 
-    ``row_times [64]``: `low_times` of the rows. FIRST: with less text, for blocks that are mostly far away.
+    ``known``: the `block_class`. ``row_high``, ``row_times [64]``: the latest time and the `low_times` of the rows.
     """
     pos_ptr, time_ptr, bounds_ptr, _, key_times_ptr = tables
+    lowest, more, entry, base = known
+    if REACH >= 0:
+        # First, so that what comes from memory comes while times are compared.
+        positions = _positions(row, begin, length, pos_ptr, REACH, LAYOUT)
     if BUCKETS > 0:
-        row_low, row_high = row_span
-        key_low, key_high = key_span
-        lowest, more = bucket_range(row_low, row_high, key_low, key_high, BUCKETS)
-        # Nobody sees the entries of a block that is hidden or of rows behind the end.
-        hidden = (begin > row + 63) | (row >= length)
-        more = gl.where(hidden, 0, more)
         if more == 0:
-            rab = gl.full([64, 64], gl.load(time_ptr + lowest), gl.float32, LAYOUT)
+            rab = gl.full([64, 64], entry, gl.float32, LAYOUT)
         elif more <= _FEW:
-            base = key_low.to(gl.int32)
             keys = low_times(key_times_ptr, start, begin, length, gl.SliceLayout(0, LAYOUT)) - base
             keys = gl.expand_dims(keys, 0)
             rows = gl.expand_dims(row_times - base, 1)
-            if FIRST:
-                rab = _few_buckets(rows, keys, row_high, key_low, lowest, time_ptr, bounds_ptr, _FEW, BUCKETS)
-            elif more == 1:
-                rab = _few_buckets(rows, keys, row_high, key_low, lowest, time_ptr, bounds_ptr, 1, BUCKETS)
+            farthest = row_high.to(gl.int32) - base
+            if more == 1:
+                rab = _few_buckets(rows, keys, farthest, lowest, entry, time_ptr, bounds_ptr, 1, BUCKETS)
             else:
-                rab = _few_buckets(rows, keys, row_high, key_low, lowest, time_ptr, bounds_ptr, _FEW, BUCKETS)
-        elif FIRST:
-            rab = _looked_up_wide(row, begin, start, length, tables, BUCKETS, LAYOUT)
-        elif _is_narrow(row_low, row_high, key_low, key_high):
+                rab = _few_buckets(rows, keys, farthest, lowest, entry, time_ptr, bounds_ptr, _FEW, BUCKETS)
+        elif more <= _UNKNOWN:
             keys = low_times(key_times_ptr, start, begin, length, gl.SliceLayout(0, LAYOUT))
             rab = _looked_up(gl.expand_dims(row_times, 1), gl.expand_dims(keys, 0), time_ptr, bounds_ptr, BUCKETS)
         else:
             rab = _looked_up_wide(row, begin, start, length, tables, BUCKETS, LAYOUT)
-    elif BUCKETS == 0:
-        rab = gl.full([64, 64], gl.load(time_ptr), gl.float32, LAYOUT)
     else:
-        rab = gl.zeros([64, 64], gl.float32, LAYOUT)
+        rab = gl.full([64, 64], entry, gl.float32, LAYOUT)
     if REACH >= 0:
-        rab += _positions(row, begin, length, pos_ptr, REACH, LAYOUT)
+        rab += positions
     else:
         # A register each: the assembler would have products wait for accumulators that begin as one.
         rab = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [rab], dtype=gl.float32, is_pure=False, pack=1)

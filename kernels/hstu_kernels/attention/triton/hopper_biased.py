@@ -1,7 +1,8 @@
 """The forward of Hopper GPUs for causal attention with a relative bias: `hopper_forward` and `hopper_bias` in one.
 
 The bias is where a product's sum begins. That of the next block is worked out while the two products of this one run,
-so that what waits for memory there waits beside the tensor cores. Sums add up in the order of `hstu_fwd_kernel`.
+so that what waits for memory there waits beside the tensor cores; which way it goes there is known a block earlier.
+Sums add up in the order of `hstu_fwd_kernel`.
 """
 
 from triton.experimental import gluon
@@ -14,89 +15,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hstu_kernels.attention.triton.hopper_bias import block_bias, low_times, read_span
-from hstu_kernels.attention.triton.hopper_forward import GROUP_ROWS, ring, snake, weights_of
-from hstu_kernels.attention.triton.schedule import LINE
+from hstu_kernels.attention.triton.hopper_bias import block_bias, block_class, low_times, read_span
+from hstu_kernels.attention.triton.hopper_forward import (
+    GROUP_ROWS,
+    clear_behind,
+    fetch_blocks,
+    last_seen_by,
+    pass_over,
+    prefetch_tile,
+    read_tile,
+    ring,
+    store_rows,
+    weights_of,
+)
 
-_LINE = gl.constexpr(LINE)
 _BLOCK_N = gl.constexpr(64)
 
 
 @gluon.jit
-def _read_line(work_ptr, index):
-    """Sequence start and length, first row of the tile, then key blocks: where the full ones begin and how many they
-    are, where the others begin, and how many there are in all."""
-    line = work_ptr + index.to(gl.int64) * _LINE
-    start = gl.load(line)
-    length = gl.load(line + 1).to(gl.int32)
-    row = gl.load(line + 3).to(gl.int32)
-    full_origin = gl.load(line + 10).to(gl.int32)
-    full = gl.load(line + 11).to(gl.int32)
-    edge_origin = gl.load(line + 12).to(gl.int32)
-    blocks = gl.load(line + 17).to(gl.int32)
-    return start, length, row, full_origin, full, edge_origin, blocks
-
-
-@gluon.jit
-def _block_begin(i, full_origin, full, edge_origin):
-    return gl.where(i < full, full_origin, edge_origin) + i * _BLOCK_N
-
-
-@gluon.jit
-def _fetch(work_ptr, descriptors, strides, buffers, barriers, items, HEADS: gl.constexpr, STAGES: gl.constexpr):
-    """The warp that fetches. A slot is free again once both groups said so."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    q_desc, k_desc, v_desc = descriptors
-    q_head_stride, k_head_stride, v_head_stride = strides
-    q_buffer, k_buffer, v_buffer = buffers
-    q_full, q_free, k_full, k_free, v_full, v_free = barriers
-    fetched = program * 0
-    tiles = program * 0
-    for turn in range((items + programs - 1) // programs):
-        item = snake(turn, programs, program)
-        if item < items:
-            head = item % HEADS
-            start, _length, row, full_origin, full, edge_origin, blocks = _read_line(work_ptr, item // HEADS)
-            first = start.to(gl.int32)
-            if blocks > 0:
-                mbarrier.wait(q_free, (tiles & 1) ^ 1)
-                mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
-                column = head * q_head_stride
-                tma.async_copy_global_to_shared(q_desc, [first + row, column], q_full, q_buffer.index(0))
-                second_row = first + row + GROUP_ROWS
-                tma.async_copy_global_to_shared(q_desc, [second_row, column], q_full, q_buffer.index(1))
-                tiles += 1
-                for i in range(blocks):
-                    begin = first + _block_begin(i, full_origin, full, edge_origin)
-                    slot = fetched % STAGES
-                    phase = ((fetched // STAGES) & 1) ^ 1
-                    k_bar = k_full.index(slot)
-                    mbarrier.wait(k_free.index(slot), phase)
-                    mbarrier.expect(k_bar, k_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(k_desc, [begin, head * k_head_stride], k_bar, k_buffer.index(slot))
-                    v_bar = v_full.index(slot)
-                    mbarrier.wait(v_free.index(slot), phase)
-                    mbarrier.expect(v_bar, v_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(v_desc, [begin, head * v_head_stride], v_bar, v_buffer.index(slot))
-                    fetched += 1
-
-
-@gluon.jit
-def _clear_behind(values, begin, length):
-    """Zeros for rows of another sequence: a weight of 0 does not hide what is no number."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    x = values.load(LAYOUT)
-    rows = begin + gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    # Both groups write, and the same: neither waits for the other.
-    values.store(gl.where(gl.expand_dims(rows < length, 1), x, gl.zeros_like(x)))
-    fence_async_shared()
-    gl.thread_barrier()
+def _class_of(block, seen, row, start, length, row_span, key_spans_ptr, time_ptr, BUCKETS: gl.constexpr):
+    """Where a block begins and its `block_class`; of what lies behind the last one nothing is seen."""
+    begin = gl.where(block < seen, block * _BLOCK_N, row + GROUP_ROWS)
+    span = read_span(key_spans_ptr, start, begin, length, BUCKETS)
+    return begin, block_class(row, begin, length, row_span, span, time_ptr, BUCKETS)
 
 
 @gluon.jit
 def _multiply(
     group: gl.constexpr,
     out_ptr,
+    out_desc,
     work_ptr,
     tables,
     spans,
@@ -114,7 +62,7 @@ def _multiply(
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     program, programs = gl.program_id(0), gl.num_programs(0)
-    q_buffer, k_buffer, v_buffer = buffers
+    q_buffer, k_buffer, v_buffer, o_buffer = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     row_spans_ptr, key_spans_ptr = spans
     items, alpha, scale = numbers
@@ -122,109 +70,87 @@ def _multiply(
     half_alpha = alpha * 0.5
     used = program * 0
     tiles = program * 0
-    for turn in range((items + programs - 1) // programs):
-        item = snake(turn, programs, program)
-        if item < items:
-            head = item % HEADS
-            start, length, tile, full_origin, full, edge_origin, blocks = _read_line(work_ptr, item // HEADS)
-            row = tile + group * GROUP_ROWS
-            if blocks > 0:
-                row_span = read_span(row_spans_ptr, start, row, length, BUCKETS)
-                begin = _block_begin(0, full_origin, full, edge_origin)
-                span = read_span(key_spans_ptr, start, begin, length, BUCKETS)
-                next_begin = _block_begin(1, full_origin, full, edge_origin)
-                next_span = read_span(key_spans_ptr, start, next_begin, length, BUCKETS)
-                if BUCKETS > 0:
-                    row_times = low_times(tables[3], start, row, length, gl.SliceLayout(1, S_LAYOUT))
-                else:
-                    row_times = gl.zeros([GROUP_ROWS], gl.int32, gl.SliceLayout(1, S_LAYOUT))
-                bias = block_bias(
-                    row, begin, start, length, row_span, span, row_times, tables, REACH, BUCKETS, True, S_LAYOUT
-                )
-                # Keys behind the end lie behind every row that is written, whatever another sequence holds there.
-                last_seen = gl.expand_dims(row + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
-                mbarrier.wait(q_full, tiles & 1)
-                tiles += 1
-                q = q_buffer.index(group)
-                slot = used % STAGES
-                mbarrier.wait(k_full.index(slot), (used // STAGES) & 1)
-                coming = warpgroup_mma(q, k_buffer.index(slot).permute((1, 0)), bias, is_async=True)
-                bias = block_bias(
-                    row,
-                    next_begin,
-                    start,
-                    length,
-                    row_span,
-                    next_span,
-                    row_times,
-                    tables,
-                    REACH,
-                    BUCKETS,
-                    True,
-                    S_LAYOUT,
-                )
-                next_begin = _block_begin(2, full_origin, full, edge_origin)
-                next_span = read_span(key_spans_ptr, start, next_begin, length, BUCKETS)
-                logits = warpgroup_mma_wait(0, deps=(coming,))
-                mbarrier.arrive(k_free.index(slot), count=1)
-                p = weights_of(logits, begin, last_seen, half_alpha, full <= 0, P_LAYOUT, DTYPE)
-                acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
-                for i in range(1, blocks):
-                    ahead = used + 1
-                    next_slot = ahead % STAGES
-                    mbarrier.wait(k_full.index(next_slot), (ahead // STAGES) & 1)
-                    keys = k_buffer.index(next_slot).permute((1, 0))
-                    coming = warpgroup_mma(q, keys, bias, is_async=True)
-                    mbarrier.wait(v_full.index(slot), (used // STAGES) & 1)
-                    growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
-                    # Of what lies behind the last block nothing is seen.
-                    next_begin = gl.where(i + 1 < blocks, next_begin, row + GROUP_ROWS)
-                    bias = block_bias(
-                        row,
-                        next_begin,
-                        start,
-                        length,
-                        row_span,
-                        next_span,
-                        row_times,
-                        tables,
-                        REACH,
-                        BUCKETS,
-                        False,
-                        S_LAYOUT,
-                    )
-                    next_begin = _block_begin(i + 2, full_origin, full, edge_origin)
-                    next_span = read_span(key_spans_ptr, start, next_begin, length, BUCKETS)
-                    logits = warpgroup_mma_wait(1, deps=(coming,))
-                    mbarrier.arrive(k_free.index(next_slot), count=1)
-                    begin = _block_begin(i, full_origin, full, edge_origin)
-                    following = weights_of(logits, begin, last_seen, half_alpha, i >= full, P_LAYOUT, DTYPE)
-                    acc = warpgroup_mma_wait(0, deps=(growing,))
-                    mbarrier.arrive(v_free.index(slot), count=1)
-                    p = following
-                    used = ahead
-                    slot = next_slot
-                mbarrier.arrive(q_free, count=1)
+    for turn in range((items + programs - 1) // programs * 2):
+        head, start, length, tile, blocks = read_tile(work_ptr, turn, items, HEADS, _BLOCK_N)
+        row = tile + group * GROUP_ROWS
+        # Of the two blocks on the diagonal the first group sees one.
+        seen = blocks
+        if group == 0:
+            seen = gl.minimum(blocks, row // _BLOCK_N + 1)
+        if blocks > 0:
+            prefetch_tile(work_ptr, turn + 1, items, HEADS)
+            row_span = read_span(row_spans_ptr, start, row, length, BUCKETS)
+            if BUCKETS > 0:
+                row_times = low_times(tables[3], start, row, length, gl.SliceLayout(1, S_LAYOUT))
+            else:
+                row_times = gl.zeros([GROUP_ROWS], gl.int32, gl.SliceLayout(1, S_LAYOUT))
+            begin, known = _class_of(0, seen, row, start, length, row_span, key_spans_ptr, tables[1], BUCKETS)
+            bias = block_bias(
+                row, begin, start, length, known, row_span[1], row_times, tables, REACH, BUCKETS, S_LAYOUT
+            )
+            begin, known = _class_of(1, seen, row, start, length, row_span, key_spans_ptr, tables[1], BUCKETS)
+            last_seen = last_seen_by(row, S_LAYOUT)
+            place = tiles % 2
+            mbarrier.wait(q_full.index(place), (tiles // 2) & 1)
+            tiles += 1
+            q = q_buffer.index(2 * place + group)
+            slot = used % STAGES
+            mbarrier.wait(k_full.index(slot), (used // STAGES) & 1)
+            coming = warpgroup_mma(q, k_buffer.index(slot).permute((1, 0)), bias, is_async=True)
+            bias = block_bias(
+                row, begin, start, length, known, row_span[1], row_times, tables, REACH, BUCKETS, S_LAYOUT
+            )
+            next_begin = gl.where(seen > 2, 2 * _BLOCK_N, row + GROUP_ROWS)
+            next_span = read_span(key_spans_ptr, start, next_begin, length, BUCKETS)
+            logits = warpgroup_mma_wait(0, deps=(coming,))
+            mbarrier.arrive(k_free.index(slot), count=1)
+            known = block_class(row, next_begin, length, row_span, next_span, tables[1], BUCKETS)
+            p = weights_of(logits, 0, last_seen, half_alpha, row == 0, P_LAYOUT, DTYPE)
+            acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
+            for i in range(1, seen):
+                ahead = used + 1
+                next_slot = ahead % STAGES
+                mbarrier.wait(k_full.index(next_slot), (ahead // STAGES) & 1)
+                keys = k_buffer.index(next_slot).permute((1, 0))
+                coming = warpgroup_mma(q, keys, bias, is_async=True)
                 mbarrier.wait(v_full.index(slot), (used // STAGES) & 1)
-                # Only the last block can reach over the end.
-                if begin + _BLOCK_N > length:
-                    _clear_behind(v_buffer.index(slot), begin, length)
-                last = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=(last,))
+                growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
+                begin = next_begin
+                next_begin = gl.where(i + 2 < seen, (i + 2) * _BLOCK_N, row + GROUP_ROWS)
+                next_span = read_span(key_spans_ptr, start, next_begin, length, BUCKETS)
+                bias = block_bias(
+                    row, begin, start, length, known, row_span[1], row_times, tables, REACH, BUCKETS, S_LAYOUT
+                )
+                logits = warpgroup_mma_wait(1, deps=(coming,))
+                mbarrier.arrive(k_free.index(next_slot), count=1)
+                known = block_class(row, next_begin, length, row_span, next_span, tables[1], BUCKETS)
+                own = i * _BLOCK_N
+                following = weights_of(logits, own, last_seen, half_alpha, own >= row, P_LAYOUT, DTYPE)
+                acc = warpgroup_mma_wait(0, deps=(growing,))
                 mbarrier.arrive(v_free.index(slot), count=1)
-                used += 1
-                rows = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, O_LAYOUT))
-                cols = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
-                # 64 bits up to the group's first row, 32 behind it.
-                first = out_ptr + ((start + row) * HEADS + head) * D
-                places = gl.expand_dims(rows, 1) * (HEADS * D) + gl.expand_dims(cols, 0)
-                inside = gl.expand_dims(rows < length - row, 1) & gl.expand_dims(cols < D, 0)
-                gl.store(first + places, (acc * scale).to(DTYPE), mask=inside)
+                p = following
+                used = ahead
+                slot = next_slot
+            mbarrier.arrive(q_free.index(place), count=1)
+            mbarrier.wait(v_full.index(slot), (used // STAGES) & 1)
+            used += 1
+            if group == 0:
+                used += pass_over(blocks - seen, used, barriers, STAGES)
+            # Only the last block can reach over the end.
+            own = (seen - 1) * _BLOCK_N
+            if own + _BLOCK_N > length:
+                clear_behind(v_buffer.index(slot), own, length)
+            growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(growing,))
+            mbarrier.arrive(v_free.index(slot), count=1)
+            store_rows(out_ptr, out_desc, o_buffer.index(group), acc, scale, head, start, row, length, HEADS, D)
+    tma.store_wait(0)
 
 
 @gluon.jit
 def _first_group(
     out_ptr,
+    out_desc,
     work_ptr,
     tables,
     spans,
@@ -237,12 +163,15 @@ def _first_group(
     REACH: gl.constexpr,
     BUCKETS: gl.constexpr,
 ):
-    _multiply(0, out_ptr, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS)
+    _multiply(
+        0, out_ptr, out_desc, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS
+    )
 
 
 @gluon.jit
 def _second_group(
     out_ptr,
+    out_desc,
     work_ptr,
     tables,
     spans,
@@ -255,7 +184,9 @@ def _second_group(
     REACH: gl.constexpr,
     BUCKETS: gl.constexpr,
 ):
-    _multiply(1, out_ptr, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS)
+    _multiply(
+        1, out_ptr, out_desc, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS
+    )
 
 
 @gluon.jit(do_not_specialize=["items", "alpha", "scale"])
@@ -272,6 +203,7 @@ def hopper_biased_kernel(
     q_desc,
     k_desc,
     v_desc,
+    out_desc,
     items,
     q_head_stride,
     k_head_stride,
@@ -284,19 +216,22 @@ def hopper_biased_kernel(
     REACH: gl.constexpr,
     BUCKETS: gl.constexpr,
 ):
-    """Any number of programs for ``items`` pairs of a line and a head; ``out [L, H, D]``, contiguous.
+    """Any number of programs for ``items`` lines and heads; ``out [L, H, D]``, contiguous.
 
-    ``work_ptr``: query tiles of 128 rows against blocks of 64 keys, under a plain mask and without targets. REACH and
+    ``work_ptr``: pairs of tiles of 128 rows, under a plain mask and without targets. REACH and
     BUCKETS as in `KernelShape`; spans are those of 64 rows and of 64 keys.
     """
-    q_buffer = gl.allocate_shared_memory(q_desc.dtype, [2, GROUP_ROWS, D], q_desc.layout)
+    # Two tiles of two groups.
+    q_buffer = gl.allocate_shared_memory(q_desc.dtype, [4, GROUP_ROWS, D], q_desc.layout)
     k_buffer = gl.allocate_shared_memory(k_desc.dtype, [STAGES, _BLOCK_N, D], k_desc.layout)
     v_buffer = gl.allocate_shared_memory(v_desc.dtype, [STAGES, _BLOCK_N, D], v_desc.layout)
-    q_full, q_free = ring(1, 1).index(0), ring(1, 2).index(0)
+    # Results on their way to the copy engine.
+    o_buffer = gl.allocate_shared_memory(q_desc.dtype, [2, GROUP_ROWS, D], q_desc.layout)
+    q_full, q_free = ring(2, 1), ring(2, 2)
     k_full, k_free = ring(STAGES, 1), ring(STAGES, 2)
     v_full, v_free = ring(STAGES, 1), ring(STAGES, 2)
     fence_async_shared()
-    buffers = (q_buffer, k_buffer, v_buffer)
+    buffers = (q_buffer, k_buffer, v_buffer, o_buffer)
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     descriptors = (q_desc, k_desc, v_desc)
     strides = (q_head_stride, k_head_stride, v_head_stride)
@@ -307,13 +242,41 @@ def hopper_biased_kernel(
         [
             (
                 _first_group,
-                (out_ptr, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS),
+                (
+                    out_ptr,
+                    out_desc,
+                    work_ptr,
+                    tables,
+                    spans,
+                    buffers,
+                    barriers,
+                    numbers,
+                    HEADS,
+                    D,
+                    STAGES,
+                    REACH,
+                    BUCKETS,
+                ),
             ),
             (
                 _second_group,
-                (out_ptr, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS),
+                (
+                    out_ptr,
+                    out_desc,
+                    work_ptr,
+                    tables,
+                    spans,
+                    buffers,
+                    barriers,
+                    numbers,
+                    HEADS,
+                    D,
+                    STAGES,
+                    REACH,
+                    BUCKETS,
+                ),
             ),
-            (_fetch, (work_ptr, descriptors, strides, buffers, barriers, items, HEADS, STAGES)),
+            (fetch_blocks, (work_ptr, descriptors, strides, buffers, barriers, items, HEADS, _BLOCK_N, STAGES)),
         ],
         [4, 1],
         [240, 24],

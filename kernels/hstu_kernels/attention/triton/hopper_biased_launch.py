@@ -8,24 +8,24 @@ from torch import Tensor
 
 from hstu_kernels.attention.triton.arguments import Tables, panels, same_bits
 from hstu_kernels.attention.triton.hopper_launch import (
-    BLOCK_M,
     GROUP_ROWS,
     MOST_COLUMNS,
     available,
     described,
+    fills,
     multiprocessors,
 )
-from hstu_kernels.attention.triton.schedule import MIXED_ROWS, TritonPlan
+from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.mask import AttentionMask
 from hstu_kernels.triton.launcher import Argument, Ready, Variant
 
 WIDTH = 128
 BLOCK_N = 64
 STAGES = 3
-# Rows of a longest sequence from which on it is taken.
+# Rows of a longest sequence from which on it wins: with positions alone, and with times. Measured on an H100
+# (docs/performance-notes.md), and nothing shorter.
 LEAST = 4096
-# `schedule` mixes so many sequences at most.
-_MOST_MIXED = 64
+LEAST_WITH_TIMES = 16384
 
 
 def hopper_biased(
@@ -36,7 +36,8 @@ def hopper_biased(
     Depends on what the host knows. Which kernel runs changes no bit (tested on CUDA).
     """
     layout = plan.layout
-    if layout.max_seq_len < LEAST or q.shape[2] != WIDTH or v.shape[2] != WIDTH:
+    least = LEAST if tables[1] is None else LEAST_WITH_TIMES
+    if layout.max_seq_len < least or q.shape[2] != WIDTH or v.shape[2] != WIDTH:
         return None
     if plan.ends is None:
         # A plan put together from an operator's work lists has no list for this kernel, and no bound on the lengths.
@@ -47,6 +48,8 @@ def hopper_biased(
         return None
     if any(x.shape[1] * x.stride(1) >= MOST_COLUMNS for x in (q, k, v)):
         return None
+    if not fills(plan, q):
+        return None
     return HopperBiased(q, tables, plan, alpha, scale)
 
 
@@ -55,7 +58,7 @@ class HopperBiased:
 
     Args:
         q: of such a call. tables: of such a call, as `calls.divide` leaves them. alpha, scale: numbers of it.
-        programs: that stay and share the tiles; ``None``: by the batch.
+        programs: that stay and share the tiles; ``None``: one for each multiprocessor. stages: slots of the rings.
     """
 
     def __init__(
@@ -69,11 +72,9 @@ class HopperBiased:
         stages: int = STAGES,
     ) -> None:
         self._alpha, self._scale = alpha, scale
-        self._work = plan.mixed_work(BLOCK_M, BLOCK_N)
+        self._work = plan.pair_work()
         self._items = self._work.shape[0] * q.shape[1]
-        # Programs that stay need tiles in one order; without it the device deals them out, one to a program.
-        stay = plan.total_rows <= MIXED_ROWS and plan.layout.batch_size <= _MOST_MIXED
-        self._programs = programs or (min(self._items, multiprocessors(q.get_device())) if stay else self._items)
+        self._programs = programs or min(self._items, multiprocessors(q.get_device()))
         pos, time = tables
         # A table of times without thresholds has one entry: no time is read.
         spans = (plan.block_spans("query", GROUP_ROWS), plan.block_spans("key", BLOCK_N))
@@ -90,13 +91,14 @@ class HopperBiased:
         """
         ready = self._ready
         if ready is not None and direct and not ready.watched():
-            addresses: list[int | None] = [out.data_ptr(), self._work.data_ptr()]
+            place = out.data_ptr()
+            addresses: list[int | None] = [place, self._work.data_ptr()]
             addresses += [None if x is None else x.data_ptr() for x in tables]
             addresses += self._fixed
-            ready([*addresses, *(x.data_ptr() for x in inputs)])
+            ready([*addresses, *(x.data_ptr() for x in inputs), place])
             return True
         fetched = []
-        for x in inputs:
+        for x in (*inputs, out):
             plain = panels((x,), GROUP_ROWS)
             if plain is None:
                 return False

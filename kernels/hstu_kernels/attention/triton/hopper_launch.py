@@ -31,8 +31,8 @@ class HopperTile:
     least: int
 
 
-# By head width, the longest first. Measured on an H100 (docs/performance-notes.md), and nothing shorter. All of them and
-# the other kernel give the same bits (tested on CUDA).
+# By head width, the longest first. Measured on an H100 (docs/performance-notes.md), and nothing shorter. All of them
+# and the other kernel give the same bits (tested on CUDA).
 TILES = {128: (HopperTile(128, 2, 8192), HopperTile(64, 3, 4096), HopperTile(64, 4, 512))}
 # Pairs of tiles for each program, from which on it wins: the other kernel cuts a small batch finer.
 LEAST_TURNS = 2
@@ -58,10 +58,15 @@ def hopper_forward(
         return None
     if any(x.shape[1] * x.stride(1) >= MOST_COLUMNS for x in (q, k, v)):
         return None
-    pairs = list_length(plan.total_rows, layout.batch_size, PAIR_ROWS) * q.shape[1]
-    if pairs < LEAST_TURNS * multiprocessors(q.get_device()):
+    if not fills(plan, q):
         return None
     return HopperForward(q, plan, tile, alpha, scale)
+
+
+def fills(plan: TritonPlan, q: Tensor) -> bool:
+    """Whether programs that stay have enough pairs of tiles to share."""
+    pairs = list_length(plan.total_rows, plan.layout.batch_size, PAIR_ROWS) * q.shape[1]
+    return pairs >= LEAST_TURNS * multiprocessors(q.get_device())
 
 
 @functools.lru_cache(maxsize=1)
