@@ -63,6 +63,17 @@ def test_entries_by_diagonal(columns: int, step: int) -> None:
             np.testing.assert_array_equal(registers[f"${element}"], expected)
 
 
+@pytest.mark.parametrize("last", [BASE - 20, BASE + 25, 999])
+@pytest.mark.parametrize("base", [BASE, 10])
+def test_entries_beyond_the_ends_of_a_table_are_its_last_ones(base: int, last: int) -> None:
+    table, index = random(1000), distances(64) - BASE + base
+    for warp in range(WARPS):
+        arguments = share(index, warp), everywhere(ORIGIN, 64), everywhere(last, 64)
+        registers = Warp(table, warp).run(diagonal_look_up(32, 1, bounded=True), 32, *arguments)
+        for element, expected in enumerate(share(table[np.clip(index, 0, last)], warp)):
+            np.testing.assert_array_equal(registers[f"${element}"], expected)
+
+
 @pytest.mark.parametrize("change", ["turned", "columns apart", "rows apart"])
 def test_other_places_of_elements_are_a_fault(change: str) -> None:
     """Were a compiler to lay a block out in another way, nothing may be added or read."""
@@ -81,6 +92,9 @@ def test_other_places_of_elements_are_a_fault(change: str) -> None:
         # Rows of other lanes do not matter to a look-up, which goes by each lane's own index.
         with pytest.raises(Fault):
             Warp(memory, 1).run(diagonal_look_up(32, 1), 32, share(index, 1), everywhere(ORIGIN, 64))
+        bounded = diagonal_look_up(32, 1, bounded=True)
+        with pytest.raises(Fault):
+            Warp(memory, 1).run(bounded, 32, share(index, 1), everywhere(ORIGIN, 64), everywhere(999, 64))
 
 
 @pytest.mark.parametrize("more", [0, 1, 3])

@@ -46,21 +46,28 @@ def _operands(first: int, elements: int) -> list[str]:
     return [str(first + i) for i in range(elements)]
 
 
-def diagonal_look_up(elements: int, step: int) -> str:
+def diagonal_look_up(elements: int, step: int, *, bounded: bool = False) -> str:
     """Entries ``index`` of a float32 table, one load for each diagonal: ``(index, table)``.
 
     ``step``: what the index grows by from column to column, 1 or -1; it falls by as much from row to row.
+    ``bounded``: the last argument is the last entry; beyond 0 and it stand those two.
     """
-    index, table = _operands(elements, elements), elements * 2
+    index, table, last = _operands(elements, elements), elements * 2, elements * 3
     columns = elements // 4
     diagonals = [(m, b) for m in range(-1, columns) for b in (0, 1)]
     names = {(m, b): f"d{m + 1}_{b}" for m, b in diagonals}
     lines = [_registers("b32", ["x", "bad"]), _registers("b64", ["a", "z"]), ".reg .pred p"]
     lines += [_registers("f32", list(names.values()))]
     lines += _place_checks(index, step)
-    lines += ["setp.eq.b32 p, bad, 0", f"mad.wide.s32 a, ${index[0]}, 4, ${table}", "mov.b64 z, 0"]
-    lines += ["selp.b64 a, a, z, p"]
-    lines += [f"ld.global.nc.f32 {names[m, b]}, [a+{4 * step * (8 * m + b)}]" for m, b in diagonals]
+    lines += ["setp.eq.b32 p, bad, 0", "mov.b64 z, 0"]
+    if bounded:
+        lines += [f"selp.b64 z, ${table}, z, p"]
+        for m, b in diagonals:
+            lines += [f"add.s32 x, ${index[0]}, {step * (8 * m + b)}", "max.s32 x, x, 0", f"min.s32 x, x, ${last}"]
+            lines += ["mad.wide.s32 a, x, 4, z", f"ld.global.nc.f32 {names[m, b]}, [a]"]
+    else:
+        lines += [f"mad.wide.s32 a, ${index[0]}, 4, ${table}", "selp.b64 a, a, z, p"]
+        lines += [f"ld.global.nc.f32 {names[m, b]}, [a+{4 * step * (8 * m + b)}]" for m, b in diagonals]
     for element in range(elements):
         b, h, j = element & 1, element >> 1 & 1, element >> 2
         lines.append(f"mov.b32 ${element}, {names[j - h, b]}")

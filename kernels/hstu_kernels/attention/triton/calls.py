@@ -24,6 +24,7 @@ from hstu_kernels.attention.triton.backward_keys import hstu_bwd_dkdv_kernel
 from hstu_kernels.attention.triton.backward_queries import hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
 from hstu_kernels.attention.triton.forward import hstu_fwd_kernel
+from hstu_kernels.attention.triton.hopper_biased_launch import HopperBiased, hopper_biased
 from hstu_kernels.attention.triton.hopper_launch import HopperForward, hopper_forward
 from hstu_kernels.attention.triton.join import hstu_join_kernel
 from hstu_kernels.attention.triton.schedule import TritonPlan
@@ -151,12 +152,17 @@ class Call:
     def hopper(self, out: Tensor) -> bool:
         """Write the forward's result by the kernel that is for Hopper alone; ``False``: not a call for it."""
         kit = self._kit
-        if not kit.plain or self.tiles is not kit.tiles:
+        if not kit.may_be_hopper or self.tiles is not kit.tiles:
             return False
-        if kit.hopper is None:
+        if kit.hopper is None and kit.hopper_biased is None:
             # Not before a forward asks: it may have a list written, which calls of the backward alone do not read.
-            kit.hopper = hopper_forward(*self.inputs, self._plan, kit.alpha, kit.scale)
-            kit.plain = kit.hopper is not None
+            if self.tables == (None, None):
+                kit.hopper = hopper_forward(*self.inputs, self._plan, kit.alpha, kit.scale)
+            else:
+                kit.hopper_biased = hopper_biased(*self.inputs, self.tables, self._plan, kit.alpha, kit.scale)
+            kit.may_be_hopper = kit.hopper is not None or kit.hopper_biased is not None
+        if kit.hopper_biased is not None:
+            return kit.hopper_biased.launch(self.inputs, self.tables, out, direct=self._direct)
         return kit.hopper is not None and kit.hopper.launch(self.inputs, out, direct=self._direct)
 
     def launch(
@@ -214,8 +220,9 @@ class _Kit:
         self.facts = facts_of(q, v, plan.layout.contextual_seq_len, pos_table, time_table)
         self.jobs: dict[tuple[str, int, torch.dtype | None], Job] = {}
         # Whether the forward may have a kernel of its own, and that kernel, once a forward asked.
-        self.plain = pos_table is None and time_table is None and self.rows > 0
+        self.may_be_hopper = self.rows > 0
         self.hopper: HopperForward | None = None
+        self.hopper_biased: HopperBiased | None = None
 
 
 class Job:

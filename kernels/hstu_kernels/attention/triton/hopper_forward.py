@@ -32,7 +32,7 @@ def _line_of(work_ptr, turn, items, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def _read_tile(work_ptr, turn, items, HEADS: gl.constexpr, BLOCK_N: gl.constexpr):
+def read_tile(work_ptr, turn, items, HEADS: gl.constexpr, BLOCK_N: gl.constexpr):
     """What this program does in ``turn``: head, sequence start and length, first row, key blocks; 0 blocks: nothing.
 
     Turns go in twos. The tiles of a pair lie as far from the sequence's end as from its begin, so that all pairs of a
@@ -54,12 +54,12 @@ def _read_tile(work_ptr, turn, items, HEADS: gl.constexpr, BLOCK_N: gl.constexpr
 @gluon.jit
 def _read_blocks(work_ptr, turn, items, HEADS: gl.constexpr, BLOCK_N: gl.constexpr):
     """Of it the first row and the blocks."""
-    _head, _start, _length, row, blocks = _read_tile(work_ptr, turn, items, HEADS, BLOCK_N)
+    _head, _start, _length, row, blocks = read_tile(work_ptr, turn, items, HEADS, BLOCK_N)
     return row, blocks
 
 
 @gluon.jit
-def _prefetch_tile(work_ptr, turn, items, HEADS: gl.constexpr):
+def prefetch_tile(work_ptr, turn, items, HEADS: gl.constexpr):
     """Have the line of ``turn`` near: to read it ahead would hold registers through the loop over keys."""
     line, _item = _line_of(work_ptr, turn, items, HEADS)
     gl.inline_asm_elementwise(
@@ -79,7 +79,7 @@ def snake(turn, programs, program):
 
 
 @gluon.jit
-def _fetch(
+def fetch_blocks(
     work_ptr,
     descriptors,
     strides,
@@ -99,9 +99,9 @@ def _fetch(
     turns = (items + programs - 1) // programs * 2
     fetched = program * 0
     tiles = program * 0
-    head, start, _length, row, blocks = _read_tile(work_ptr, program * 0, items, HEADS, BLOCK_N)
+    head, start, _length, row, blocks = read_tile(work_ptr, program * 0, items, HEADS, BLOCK_N)
     for turn in range(turns):
-        coming = _read_tile(work_ptr, turn + 1, items, HEADS, BLOCK_N)
+        coming = read_tile(work_ptr, turn + 1, items, HEADS, BLOCK_N)
         first = start.to(gl.int32)
         if blocks > 0:
             place = tiles % 2
@@ -157,7 +157,7 @@ def exact_weights_of(logits, begin, last, half_alpha, edge):
 
 
 @gluon.jit
-def _clear_behind(values, begin, length):
+def clear_behind(values, begin, length):
     """Zeros for rows of another sequence: a weight of 0 does not hide what is no number."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     x = values.load(LAYOUT)
@@ -175,7 +175,7 @@ def _packed(weights):
 
 
 @gluon.jit
-def _last_seen(row, LAYOUT: gl.constexpr):
+def last_seen_by(row, LAYOUT: gl.constexpr):
     """The last column, ``[64, 1]``, that each row from ``row`` on sees.
 
     Keys behind the end lie behind every row that is written, whatever another sequence holds there.
@@ -184,7 +184,7 @@ def _last_seen(row, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _store(
+def store_rows(
     out_ptr,
     out_desc,
     staged,
@@ -218,7 +218,7 @@ def _store(
 
 
 @gluon.jit
-def _pass_over(count, place, barriers, STAGES: gl.constexpr):
+def pass_over(count, place, barriers, STAGES: gl.constexpr):
     """Say that the block at ``place`` of the rings has been read, which nobody will, if ``count`` is 1; ``count``."""
     _q_full, _q_free, k_full, k_free, v_full, v_free = barriers
     if count > 0:
@@ -275,12 +275,12 @@ def _multiply(
         )
         logits = warpgroup_mma_wait(0, deps=(logits,))
         mbarrier.arrive(k_free.index(0), count=1)
-        last_seen = _last_seen(tile + group * GROUP_ROWS, S_LAYOUT)
+        last_seen = last_seen_by(tile + group * GROUP_ROWS, S_LAYOUT)
         weights = exact_weights_of(logits, 0, last_seen, half_alpha, tile == 0).to(DTYPE)
         while blocks > 0:
-            _prefetch_tile(work_ptr, turn + 1, items, HEADS)
+            prefetch_tile(work_ptr, turn + 1, items, HEADS)
             row = tile + group * GROUP_ROWS
-            last_seen = _last_seen(row, S_LAYOUT)
+            last_seen = last_seen_by(row, S_LAYOUT)
             place = tiles % 2
             q = q_buffer.index(2 * place + group)
             p = gl.convert_layout(_packed(weights), P_LAYOUT)
@@ -315,12 +315,12 @@ def _multiply(
             mbarrier.wait(v_full.index(slot), (used // STAGES) & 1)
             ahead = used + 1
             if NARROW and group == 0:
-                ahead += _pass_over(blocks - seen, ahead, barriers, STAGES)
+                ahead += pass_over(blocks - seen, ahead, barriers, STAGES)
             # Only the last block can reach over the end.
             begin = (seen - 1) * BLOCK_N
-            head, start, length, _row, _blocks = _read_tile(work_ptr, turn, items, HEADS, BLOCK_N)
+            head, start, length, _row, _blocks = read_tile(work_ptr, turn, items, HEADS, BLOCK_N)
             if begin + BLOCK_N > length:
-                _clear_behind(v_buffer.index(slot), begin, length)
+                clear_behind(v_buffer.index(slot), begin, length)
             turn += 1
             coming_tile, coming_blocks = _read_blocks(work_ptr, turn, items, HEADS, BLOCK_N)
             while (coming_blocks == 0) & (turn < turns):
@@ -339,14 +339,14 @@ def _multiply(
                 growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
                 logits = warpgroup_mma_wait(1, deps=(coming,))
                 mbarrier.arrive(k_free.index(next_slot), count=1)
-                coming_seen = _last_seen(coming_tile + group * GROUP_ROWS, S_LAYOUT)
+                coming_seen = last_seen_by(coming_tile + group * GROUP_ROWS, S_LAYOUT)
                 weights = exact_weights_of(logits, 0, coming_seen, half_alpha, coming_tile == 0).to(DTYPE)
                 acc = warpgroup_mma_wait(0, deps=(growing,))
             else:
                 growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(growing,))
             mbarrier.arrive(v_free.index(slot), count=1)
-            _store(out_ptr, out_desc, o_buffer.index(group), acc, scale, head, start, row, length, HEADS, D)
+            store_rows(out_ptr, out_desc, o_buffer.index(group), acc, scale, head, start, row, length, HEADS, D)
             used = ahead
             tile, blocks = coming_tile, coming_blocks
         tma.store_wait(0)
@@ -443,7 +443,7 @@ def hopper_fwd_kernel(
                 _second_group,
                 (out_ptr, out_desc, work_ptr, buffers, barriers, items, alpha, scale, HEADS, D, BLOCK_N, STAGES),
             ),
-            (_fetch, (work_ptr, descriptors, strides, buffers, barriers, items, HEADS, BLOCK_N, STAGES)),
+            (fetch_blocks, (work_ptr, descriptors, strides, buffers, barriers, items, HEADS, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [240, 24],

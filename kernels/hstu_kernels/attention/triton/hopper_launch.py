@@ -58,10 +58,15 @@ def hopper_forward(
         return None
     if any(x.shape[1] * x.stride(1) >= MOST_COLUMNS for x in (q, k, v)):
         return None
-    pairs = list_length(plan.total_rows, layout.batch_size, PAIR_ROWS) * q.shape[1]
-    if pairs < LEAST_TURNS * multiprocessors(q.get_device()):
+    if not fills(plan, q):
         return None
     return HopperForward(q, plan, tile, alpha, scale)
+
+
+def fills(plan: TritonPlan, q: Tensor) -> bool:
+    """Whether programs that stay have enough pairs of tiles to share."""
+    pairs = list_length(plan.total_rows, plan.layout.batch_size, PAIR_ROWS) * q.shape[1]
+    return pairs >= LEAST_TURNS * multiprocessors(q.get_device())
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,234 @@
+"""The forward with a relative bias that is for Hopper alone, on such a GPU: fp64 budget, bits, neighbours, races."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hstu_kernels import AttentionMask, JaggedLayout, RelativeBias, hstu_attention
+from hstu_kernels.attention.triton import TritonPlan, plan_triton
+from hstu_kernels.testing import AttentionCase, BiasKind, assert_within_budget, make_inputs, make_timestamps
+
+
+def missing() -> str:
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU that this PyTorch can use"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return "no Hopper GPU"
+    hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper_launch", reason="Triton is not installed")
+    return "" if hopper.available() else "the Gluon interface of this Triton is not the one it needs"
+
+
+REASON = missing()
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(REASON), reason=REASON)]
+
+# Empty ones, single rows, whole tiles and blocks, one more and one less.
+LENGTHS = (0, 1, 63, 64, 65, 0, 127, 128, 129, 255, 256, 257, 640, 1000, 0)
+REACH = 1000
+
+
+@pytest.fixture(autouse=True)
+def short_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of any length take the kernel."""
+    from hstu_kernels.attention.triton import hopper_biased_launch as biased
+    from hstu_kernels.attention.triton import hopper_launch as hopper
+
+    monkeypatch.setattr(hopper, "LEAST_TURNS", 0)
+    monkeypatch.setattr(biased, "LEAST", 0)
+    monkeypatch.setattr(biased, "LEAST_WITH_TIMES", 0)
+
+
+def times_of(kind: str, lengths: tuple[int, ...]) -> Tensor:
+    rows, generator = sum(lengths), torch.Generator().manual_seed(5)
+    real = make_timestamps(JaggedLayout.from_lengths(torch.tensor(lengths)), rows, seed=3)
+    return {
+        "real": real,
+        "equal": torch.full_like(real, 1_700_000_000),
+        "backwards": real.flip(0),
+        "in no order": real[torch.randperm(rows, generator=generator)],
+        # From row to row a year, so that most differences need more than 31 bits.
+        "of centuries": real + torch.arange(rows) * 30_000_000,
+        # Some differences need more than 63.
+        "of any size": torch.randint(-(2**62), 2**62, (rows,), generator=generator),
+        "each second": torch.arange(rows) * 7 // 5,
+    }[kind]
+
+
+TIMES = ("real", "equal", "backwards", "in no order", "of centuries", "of any size", "each second")
+
+
+def bias_of(
+    lengths: tuple[int, ...],
+    times: str = "real",
+    kind: BiasKind = BiasKind.BOTH,
+    buckets: int = 128,
+    reach: int = REACH,
+    asked: bool = False,
+) -> RelativeBias:
+    generator = torch.Generator("cuda").manual_seed(1)
+    pos = torch.randn(2 * reach - 1, generator=generator, device="cuda")
+    time = torch.randn(buckets + 1, generator=generator, device="cuda")
+    if kind is BiasKind.POSITION:
+        return RelativeBias(pos)
+    at = times_of(times, lengths).cuda()
+    rows = at.flip(0).contiguous() if asked else None
+    return RelativeBias(None if kind is BiasKind.TIME else pos, time, at, rows)
+
+
+def planned(lengths: tuple[int, ...], bias: RelativeBias) -> TritonPlan:
+    layout = JaggedLayout.from_lengths(torch.tensor(lengths, device="cuda"))
+    return plan_triton(layout, AttentionMask(), bias, sum(lengths))
+
+
+def random_rows(rows: int, heads: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    found = [torch.randn(rows, heads, 128, device="cuda", generator=generator).to(dtype) for _ in range(3)]
+    return found[0], found[1], found[2]
+
+
+def ours(
+    x: tuple[Tensor, ...],
+    plan: TritonPlan,
+    bias: RelativeBias,
+    out: Tensor | None = None,
+    programs: int | None = None,
+) -> Tensor:
+    """By this kernel; a call that it does not take fails."""
+    from hstu_kernels.attention.triton.calls import divide
+    from hstu_kernels.attention.triton.hopper_biased_launch import HopperBiased
+
+    q, k, v = x
+    tables = divide(bias.pos_table, bias.time_table, 128**-0.5)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
+    kernel = HopperBiased(q, tables, plan, 128**-0.5, 0.01, programs)
+    assert kernel.launch((q, k, v), tables, out, direct=False)
+    return out
+
+
+def theirs(x: tuple[Tensor, ...], plan: TritonPlan, bias: RelativeBias) -> Tensor:
+    """By the kernel that runs everywhere."""
+    from hstu_kernels.attention.triton.launch import triton_forward
+    from hstu_kernels.attention.triton.tiles import tile_set
+
+    # Tiles of the caller's, not those of the kind: the other kernel.
+    tiles = replace(tile_set(128, 128, x[0].dtype, biased=True))
+    return triton_forward(*x, bias.pos_table, bias.time_table, plan, 128**-0.5, 0.01, tiles)
+
+
+@pytest.mark.parametrize("kind", [BiasKind.POSITION, BiasKind.TIME, BiasKind.BOTH])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stays_in_the_budget_and_is_what_a_call_runs(
+    dtype: torch.dtype, kind: BiasKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hstu_kernels.attention.triton.hopper_biased_launch import HopperBiased
+
+    launches = []
+    launch = HopperBiased.launch
+
+    def counted(self: HopperBiased, *args: object, **kwargs: object) -> bool:
+        launches.append(self)
+        return launch(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HopperBiased, "launch", counted)
+    case = AttentionCase(name="hopper", lengths=LENGTHS, bias=kind, heads=2, qk_dim=128, v_dim=128)
+    attention = functools.partial(hstu_attention, backend="triton")
+    assert_within_budget(attention, make_inputs(case, dtype, device="cuda"), signal=False)
+    assert launches
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("times", TIMES)
+def test_gives_the_bits_of_the_other_kernel_for_times_of_every_kind(times: str, asked: bool) -> None:
+    """Were there one different bit, no kernel could be chosen by length."""
+    bias = bias_of(LENGTHS, times, asked=asked)
+    x, plan = random_rows(sum(LENGTHS), 2, torch.bfloat16, 0), planned(LENGTHS, bias)
+    expected = theirs(x, plan, bias)
+    for programs in (None, 1, 7, 10_000):
+        assert torch.equal(ours(x, plan, bias, programs=programs), expected), programs
+
+
+@pytest.mark.parametrize(
+    ("kind", "buckets", "reach"),
+    [
+        (BiasKind.POSITION, 128, REACH),
+        (BiasKind.TIME, 128, REACH),
+        (BiasKind.BOTH, 3, 100),
+        (BiasKind.BOTH, 0, 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gives_the_bits_of_the_other_kernel_for_tables_of_every_kind(
+    dtype: torch.dtype, kind: BiasKind, buckets: int, reach: int
+) -> None:
+    rng = random.Random(reach)
+    for seed, times in itertools.product(range(3), ("real", "in no order")):
+        lengths = tuple(rng.choice((0, 1 + rng.randrange(90), 64 * rng.randrange(1, 9), 1500)) for _ in range(9))
+        bias = bias_of(lengths, times, kind, buckets, reach)
+        x, plan = random_rows(sum(lengths), 2, dtype, seed), planned(lengths, bias)
+        assert torch.equal(ours(x, plan, bias), theirs(x, plan, bias)), (lengths, times)
+
+
+def test_a_call_repeats_its_bits_whatever_ran_before() -> None:
+    """Twenty rounds with other inputs between them: a slot that is read too early holds the others' rows."""
+    lengths, others = (3000, 77, 0, 1025, 512), (4096, 4096)
+    bias, other_bias = bias_of(lengths), bias_of(others, "each second")
+    plan, other = planned(lengths, bias), planned(others, other_bias)
+    x = random_rows(4614, 2, torch.bfloat16, 0)
+    y = random_rows(8192, 2, torch.bfloat16, 1)
+    first, second = ours(x, plan, bias), ours(y, other, other_bias)
+    assert torch.equal(first, theirs(x, plan, bias))
+    assert torch.equal(second, theirs(y, other, other_bias))
+    for _ in range(20):
+        assert torch.equal(ours(x, plan, bias), first)
+        assert torch.equal(ours(y, other, other_bias), second)
+        assert torch.equal(ours((x[0], x[1], x[2] * 2), plan, bias), first * 2)
+
+
+def test_no_number_of_a_neighbour_is_seen() -> None:
+    """Every other sequence full of what is no number."""
+    lengths = (70, 100, 128, 129, 64, 300, 1, 257, 190)
+    bias = bias_of(lengths)
+    x, plan = random_rows(sum(lengths), 2, torch.bfloat16, 3), planned(lengths, bias)
+    clean = ours(x, plan, bias)
+    start, kept = 0, []
+    for i, length in enumerate(lengths):
+        if i % 2:
+            for t, bad in zip(x, (float("nan"), float("inf"), float("nan")), strict=True):
+                t[start : start + length] = bad
+        else:
+            kept.append(slice(start, start + length))
+        start += length
+    got = ours(x, plan, bias)
+    for rows in kept:
+        assert torch.equal(got[rows], clean[rows])
+
+
+def test_rows_of_no_sequence_are_not_written() -> None:
+    lengths = (0, 100, 65, 0, 129)
+    rows, bias = sum(lengths), bias_of(lengths)
+    room = torch.full((rows + 300, 2, 128), 7.0, dtype=torch.bfloat16, device="cuda")
+    ours(random_rows(rows, 2, torch.bfloat16, 4), planned(lengths, bias), bias, room[100 : 100 + rows])
+    assert bool((room[:100] == 7).all() and (room[100 + rows :] == 7).all())
+
+
+def test_graphs_and_columns_of_one_matrix_give_the_same_bits() -> None:
+    """q, k and v as the layer leaves them: columns of one wide matrix."""
+    lengths = (4700, 0, 300)
+    bias = bias_of(lengths)
+    plan, wide = planned(lengths, bias), random_rows(5000, 6, torch.bfloat16, 6)[0]
+    x = tuple(wide.unflatten(1, (3, 2)).unbind(1))
+    expected = theirs(tuple(t.contiguous() for t in x), plan, bias)
+    warm = ours(x, plan, bias)
+    assert torch.equal(warm, expected)
+    graph, out = torch.cuda.CUDAGraph(), torch.empty_like(warm)
+    with torch.cuda.graph(graph):
+        ours(x, plan, bias, out)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, warm)
