@@ -184,7 +184,7 @@ def _last_seen(row, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _store(
+def store_rows(
     out_ptr,
     out_desc,
     staged,
@@ -346,7 +346,7 @@ def _multiply(
                 growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(growing,))
             mbarrier.arrive(v_free.index(slot), count=1)
-            _store(out_ptr, out_desc, o_buffer.index(group), acc, scale, head, start, row, length, HEADS, D)
+            store_rows(out_ptr, out_desc, o_buffer.index(group), acc, scale, head, start, row, length, HEADS, D)
             used = ahead
             tile, blocks = coming_tile, coming_blocks
         tma.store_wait(0)

@@ -31,8 +31,8 @@ class HopperTile:
     least: int
 
 
-# By head width, the longest first. Measured on an H100 (docs/performance-notes.md), and nothing shorter. All of them and
-# the other kernel give the same bits (tested on CUDA).
+# By head width, the longest first. Measured on an H100 (docs/performance-notes.md), and nothing shorter. All of them
+# and the other kernel give the same bits (tested on CUDA).
 TILES = {128: (HopperTile(128, 2, 8192), HopperTile(64, 3, 4096), HopperTile(64, 4, 512))}
 # Pairs of tiles for each program, from which on it wins: the other kernel cuts a small batch finer.
 LEAST_TURNS = 2
