@@ -138,15 +138,17 @@ def compiled_target(out: str) -> Any:
     from hstu_kernels.attention.triton.hopper_target_launch import BLOCK_N, STAGES, WIDTH
 
     signature = {"out_ptr": f"*{out}", "work_ptr": "*i64"}
-    for argument in ("q_desc", "k_desc", "v_desc", "cache_k_desc", "cache_v_desc"):
-        rows = 64 if argument == "q_desc" else BLOCK_N
+    for argument in ("q_desc", "k_desc", "v_desc", "cache_k_desc", "cache_v_desc", "out_desc"):
+        rows = 64 if argument in ("q_desc", "out_desc") else BLOCK_N
         layout = hopper.shared_layout(rows, WIDTH, torch.bfloat16)
         signature[argument] = f"tensordesc<bf16[{rows}, {WIDTH}],{layout!r}>"
     strides = [name for name in hopper_target_kernel.arg_names if name.endswith("_stride")]
+    if out == "fp32":
+        signature["out_desc"] = "constexpr"
     signature |= dict.fromkeys((*strides, "pieces", "piece_blocks", "total_rows"), "i32")
     signature |= {"alpha": "fp32", "scale": "fp32"}
     sizes = {"BLOCK_N": BLOCK_N, "STAGES": STAGES, "SPLIT_BLOCKS": 2048 // BLOCK_N}
-    constants = {"HEADS": 4, "D": WIDTH, **sizes}
+    constants = {"HEADS": 4, "D": WIDTH, **sizes, **({"out_desc": None} if out == "fp32" else {})}
     signature |= dict.fromkeys(constants, "constexpr")
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -162,7 +164,9 @@ def test_cached_scoring_fetches_by_the_copy_engine_and_fits(out: str, tmp_path: 
     kernel = compiled_target(out)
     code = kernel.asm["ptx"]
     # q twice, own keys and values, cached ones, 64 columns at a time.
-    assert code.count("cp.async.bulk.tensor") == 12
+    assert code.count("cp.async.bulk.tensor.2d.shared") == 12
+    # Results of whole groups; sums of stretches are written piece by piece.
+    assert code.count("cp.async.bulk.tensor.2d.global") == (2 if out == "bf16" else 0)
     assert code.count("setmaxnreg") >= 3
     assert kernel.metadata.shared <= 227 * 1024
     assert kernel.metadata.global_scratch_size == 0, "a launch by addresses alone has no memory to offer"

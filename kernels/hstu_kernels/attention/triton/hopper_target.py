@@ -3,7 +3,8 @@
 Targets see all of their user's history and themselves. So a tile of 128 targets meets full blocks of cached keys; the
 last one alone can reach over the history's end. What a target adds to itself comes from one block more, the tile's own
 keys and values, through the same rings: of its logits the diagonal is taken, and each row's value times its weight
-is what the sum begins with. It is worked out beside the product with the first cached keys.
+is what the sum begins with. It is worked out beside the product with the first cached keys. The copy engine takes
+results away, from where sums of stretches lie before.
 """
 
 from triton.experimental import gluon
@@ -11,11 +12,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from hstu_kernels.attention.triton.hopper_forward import GROUP_ROWS, ring, silu_of, snake, weights_of
+from hstu_kernels.attention.triton.hopper_forward import GROUP_ROWS, ring, silu_of, snake, store_rows, weights_of
 from hstu_kernels.attention.triton.hopper_target_fetch import fetch, read_item, slot_of
 
 
@@ -76,9 +78,23 @@ def _own_terms(
 
 
 @gluon.jit
+def _store_sums(out_ptr, acc, place, left, head, HEADS: gl.constexpr):
+    """The first ``left`` rows of ``acc [64, D]``, float32, from row ``place`` on, by 32 bytes as memory has them."""
+    LAYOUT: gl.constexpr = acc.type.layout
+    D: gl.constexpr = acc.shape[1]
+    rows = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    # 64 bits up to the group's first row, 32 behind it.
+    places = gl.expand_dims(rows, 1) * (HEADS * D) + gl.expand_dims(cols, 0)
+    inside = gl.expand_dims(rows < left, 1) & gl.expand_dims(cols < D, 0)
+    gl.store(out_ptr + (place * HEADS + head) * D + places, acc, mask=inside)
+
+
+@gluon.jit
 def _multiply(
     group: gl.constexpr,
     out_ptr,
+    out_desc,
     work_ptr,
     buffers,
     barriers,
@@ -98,7 +114,7 @@ def _multiply(
     OWN: gl.constexpr = group * 64
     program, programs = gl.program_id(0), gl.num_programs(0)
     pieces, piece_blocks, total_rows, alpha, scale = numbers
-    q_buffer, k_buffer, v_buffer, totals = buffers
+    q_buffer, k_buffer, v_buffer, totals, o_buffer = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     DTYPE: gl.constexpr = q_buffer.dtype
     half_alpha = alpha * 0.5
@@ -152,6 +168,9 @@ def _multiply(
                             # The end of a stretch: the sums of stretches add up in their order, whoever has them.
                             if i > SPLIT_BLOCKS:
                                 acc = total.load(O_LAYOUT) + acc
+                            # A result that is still being read lies there.
+                            tma.store_wait(0)
+                            gl.thread_barrier()
                             total.store(acc)
                             acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
                         p = following
@@ -159,6 +178,10 @@ def _multiply(
                     mbarrier.arrive(q_free, count=1)
                     slot, phase = slot_of(used, STAGES)
                     mbarrier.wait(v_full.index(slot), phase)
+                    # Read once more: through the loop over keys these would hold registers.
+                    piece, head, start, length, row, _cache_start, _history, _origin, _blocks = read_item(
+                        work_ptr, item, lines, piece_blocks, HEADS, BLOCK_N
+                    )
                     if begin + BLOCK_N > history:
                         _clear_behind(v_buffer.index(slot), begin, history)
                     growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
@@ -175,18 +198,18 @@ def _multiply(
                     acc = _own_terms(own, used, OWN, v_buffer, v_full, v_free, half_alpha, O_LAYOUT, STAGES)
                     used += 1
                 row += group * GROUP_ROWS
-                rows = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, O_LAYOUT))
-                cols = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
-                # 64 bits up to the group's first row, 32 behind it.
-                first = out_ptr + ((piece.to(gl.int64) * total_rows + start + row) * HEADS + head) * D
-                places = gl.expand_dims(rows, 1) * (HEADS * D) + gl.expand_dims(cols, 0)
-                inside = gl.expand_dims(rows < length - row, 1) & gl.expand_dims(cols < D, 0)
-                gl.store(first + places, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
+                if out_ptr.dtype.element_ty == DTYPE:
+                    staged = o_buffer.index(2 * group)
+                    store_rows(out_ptr, out_desc, staged, acc, scale, head, start, row, length, HEADS, D)
+                else:
+                    _store_sums(out_ptr, acc, piece.to(gl.int64) * total_rows + start + row, length - row, head, HEADS)
+    tma.store_wait(0)
 
 
 @gluon.jit
 def _first_group(
     out_ptr,
+    out_desc,
     work_ptr,
     buffers,
     barriers,
@@ -197,12 +220,13 @@ def _first_group(
     STAGES: gl.constexpr,
     SPLIT_BLOCKS: gl.constexpr,
 ):
-    _multiply(0, out_ptr, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)
+    _multiply(0, out_ptr, out_desc, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)
 
 
 @gluon.jit
 def _second_group(
     out_ptr,
+    out_desc,
     work_ptr,
     buffers,
     barriers,
@@ -213,7 +237,7 @@ def _second_group(
     STAGES: gl.constexpr,
     SPLIT_BLOCKS: gl.constexpr,
 ):
-    _multiply(1, out_ptr, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)
+    _multiply(1, out_ptr, out_desc, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)
 
 
 @gluon.jit(do_not_specialize=["pieces", "piece_blocks", "total_rows", "alpha", "scale"])
@@ -225,6 +249,7 @@ def hopper_target_kernel(
     v_desc,
     cache_k_desc,
     cache_v_desc,
+    out_desc,
     q_head_stride,
     k_head_stride,
     v_head_stride,
@@ -251,20 +276,28 @@ def hopper_target_kernel(
     v_buffer = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
     # Rows eight floats apart in turn: eight rows of a warp's store meet different banks.
     TOTALS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    totals = gl.allocate_shared_memory(gl.float32, [2, GROUP_ROWS, D], TOTALS)
+    # A group's result, half as large, on its way to the copy engine lies where its sums were.
+    o_buffer = gl.allocate_shared_memory(q_desc.dtype, [4, GROUP_ROWS, D], q_desc.layout)
+    totals = o_buffer._reinterpret(gl.float32, [2, GROUP_ROWS, D], TOTALS)
     q_full, q_free = ring(1, 1).index(0), ring(1, 2).index(0)
     k_full, k_free = ring(STAGES, 1), ring(STAGES, 2)
     v_full, v_free = ring(STAGES, 1), ring(STAGES, 2)
     fence_async_shared()
-    buffers = (q_buffer, k_buffer, v_buffer, totals)
+    buffers = (q_buffer, k_buffer, v_buffer, totals, o_buffer)
     barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
     descriptors = (q_desc, k_desc, v_desc, cache_k_desc, cache_v_desc)
     strides = (q_head_stride, k_head_stride, v_head_stride, cache_k_head_stride, cache_v_head_stride)
     numbers = (pieces, piece_blocks, total_rows, alpha, scale)
     gl.warp_specialize(
         [
-            (_first_group, (out_ptr, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)),
-            (_second_group, (out_ptr, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)),
+            (
+                _first_group,
+                (out_ptr, out_desc, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS),
+            ),
+            (
+                _second_group,
+                (out_ptr, out_desc, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS),
+            ),
             (fetch, (work_ptr, descriptors, strides, buffers, barriers, pieces, piece_blocks, HEADS, BLOCK_N, STAGES)),
         ],
         [4, 1],

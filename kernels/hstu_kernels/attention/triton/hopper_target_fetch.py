@@ -75,7 +75,7 @@ def fetch(
     program, programs = gl.program_id(0), gl.num_programs(0)
     q_desc, k_desc, v_desc, cache_k_desc, cache_v_desc = descriptors
     q_stride, k_stride, v_stride, cache_k_stride, cache_v_stride = strides
-    q_buffer, k_buffer, v_buffer, _totals = buffers
+    q_buffer, k_buffer, v_buffer, _totals, _o_buffer = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     lines = gl.load(work_ptr).to(gl.int32)
     items = lines * HEADS * pieces
@@ -112,7 +112,9 @@ def fetch(
                         STAGES,
                     )
                     fetched += 1
-                cached = cache_start.to(gl.int32) + origin * BLOCK_N
+                # Worked out here: what does not change from tile to tile would take one of few registers.
+                here = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [origin], gl.int32, is_pure=False, pack=1)
+                cached = cache_start.to(gl.int32) + here * BLOCK_N
                 for i in range(blocks):
                     _fetch_block(
                         cache_k_desc,

@@ -103,9 +103,11 @@ class _Call:
         self._kernel, self._programs, self._arrays, self._numbers = kernel, programs, arrays, numbers
         inputs = arrays[2:]
         bits = 0
-        for x in inputs:
+        for x in (arrays[0], *inputs):
             bits |= x.data_ptr()
         self._direct = bits % _ALIGNMENT == 0 and is_current(inputs[0].get_device())
+        # Sums of stretches do not go by the copy engine.
+        self._panelled = (*inputs, arrays[0] if arrays[0].dtype == inputs[0].dtype else None)
         rows = [(x.shape[0], x.stride(0)) for x in inputs]
         # Sums are float32 whatever the inputs are.
         dtypes = (arrays[0].dtype, inputs[0].dtype)
@@ -113,13 +115,16 @@ class _Call:
         self._known = _ready_launches(kernel)
         ready = self._known.get(self._kind) if self._direct else None
         self._ready = None if ready is None or ready.watched() else ready
-        self._panels: list[Panel] = []
+        self._panels: list[Panel | None] = []
 
     def fetched(self) -> bool:
-        """Whether the copy engine can fetch the inputs."""
+        """Whether the copy engine can fetch the inputs, and write the result."""
         if self._ready is not None:
             return True
-        for x, rows in zip(self._arrays[2:], (GROUP_ROWS, *(BLOCK_N,) * 4), strict=True):
+        for x, rows in zip(self._panelled, (GROUP_ROWS, *(BLOCK_N,) * 4, GROUP_ROWS), strict=True):
+            if x is None:
+                self._panels.append(None)
+                continue
             plain = panels((x,), rows)
             if plain is None:
                 return False
@@ -128,7 +133,8 @@ class _Call:
 
     def launch(self) -> None:
         if self._ready is not None:
-            self._ready([x.data_ptr() for x in self._arrays])
+            places = (*self._arrays[:2], *self._panelled)
+            self._ready([None if x is None else x.data_ptr() for x in places])
             return
         arrays: tuple[Argument, ...] = (*self._arrays[:2], *self._panels)
         self._kernel(self._programs, arrays, self._numbers)
