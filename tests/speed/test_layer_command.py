@@ -13,6 +13,15 @@ from torch import nn
 from benchmarks.layer import __main__ as command
 from benchmarks.layer import models
 from benchmarks.layer.models import CONTENDERS, Ours, cases, exact, training_flops
+from benchmarks.layer.parts import (
+    ATTENTION_BACKWARD,
+    ATTENTION_FORWARD,
+    OPTIMISER,
+    PARTS,
+    PRODUCTS,
+    REST,
+    part_of,
+)
 
 TINY = ["run", "--tiny", "--device", "cpu", "--layers", "2", "--seconds", "0.001"]
 
@@ -121,3 +130,33 @@ def test_memory_lists_what_each_choice_stores() -> None:
     assert "triton not measured" in done.output
     assert "x [" in done.output
     assert " bfloat16: " in done.output
+
+
+def test_the_time_of_a_step_by_part(tmp_path: Path) -> None:
+    path = tmp_path / "parts.csv"
+    words = ["parts", "--tiny", "--device", "cpu", "--layers", "2", "--output", str(path), "--commit", "abc"]
+    done = CliRunner().invoke(command.main, words)
+    assert done.exit_code == 0, done.output
+    assert "triton  not measured" in done.output
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    assert [row["part"] for row in rows] == list(PARTS) and {row["contender"] for row in rows} == {"eager"}
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "origin", "part"),
+    [
+        ("hopper_fwd_kernel", ["_Layer"], ATTENTION_FORWARD),
+        ("hstu_bwd_dkdv_kernel", ["_LayerBackward"], ATTENTION_BACKWARD),
+        ("nvjet_tst", ["aten::bmm", "_EagerAttention"], ATTENTION_FORWARD),
+        ("nvjet_tst", ["aten::baddbmm", "_EagerAttentionBackward"], ATTENTION_BACKWARD),
+        ("nvjet_tst", ["aten::mm", "MmBackward0"], PRODUCTS),
+        ("product_kernel", ["_Layer"], PRODUCTS),
+        ("gate_bwd_kernel", ["_LayerBackward"], REST),
+        ("vectorized_elementwise", ["aten::mul"], REST),
+        ("multi_tensor_apply", ["aten::_fused_adamw_", "Optimizer.step#AdamW.step"], OPTIMISER),
+    ],
+)
+def test_every_kernel_has_its_part(kernel: str, origin: list[str], part: str) -> None:
+    assert part_of(kernel, origin) == part
