@@ -74,7 +74,7 @@ _STAGED = """    # What was staged before has been read.
     fence_async_shared()
     gl.thread_barrier()
 """
-_NO_STORES = Edit(module=_KERNEL, old=_COPIED, new="pass")
+NO_COPIES_OUT = Edit(module=_KERNEL, old=_COPIED, new="pass")
 # Of a program one tile with the blocks of all of its pairs; of the narrow blocks the first group skips one a tile.
 _ALL_BLOCKS = """    pair = (last + 2) * (_TILE_ROWS // BLOCK_N)
     if BLOCK_N == GROUP_ROWS:
@@ -99,21 +99,21 @@ _NEXT_FIRST = """coming = warpgroup_mma(
                 )"""
 
 STAGES = (
-    Stage(name="stores by the copy engine", edits=(_NO_STORES,), visible=False),
+    Stage(name="stores by the copy engine", edits=(NO_COPIES_OUT,), visible=False),
     Stage(
         name="stores and staged rows",
         edits=(
             Edit(
                 module=_KERNEL, old=_STAGED, new=f"    {kept('(acc * scale).to(staged.dtype)', 'staged.dtype', 'gl')}\n"
             ),
-            _NO_STORES,
+            NO_COPIES_OUT,
         ),
         visible=False,
     ),
     Stage(name="tiles' ends (all blocks of a program in one tile)", edits=_ONE_TILE, visible=False),
     Stage(name="SiLU", edits=(HOPPER_SILU,)),
     Stage(name="mask of the diagonal", edits=(HOPPER_MASK,)),
-    Stage(name="fetching", edits=without_copies(_KERNEL, "@gluon.jit\ndef _fetch(", copies=4, expected=3)),
+    Stage(name="fetching", edits=without_copies(_KERNEL, "@gluon.jit\ndef snake(", copies=4, expected=3)),
     Stage(
         name="first product",
         edits=(
