@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,17 +61,27 @@ def measure_parts(model: nn.Module, batch: Batch) -> dict[str, float]:
         for _ in range(_STEPS):
             step()
         synchronize(device)
+    parts = parts_of(list(found.events() or ()), on_device=bool(cuda))
+    return {part: microseconds / 1e3 / _STEPS for part, microseconds in parts.items()}
+
+
+def parts_of(events: Sequence[Any], *, on_device: bool) -> dict[str, float]:
+    """Microseconds by part of the profiler's ``events``: of kernels if ``on_device``, else of operations."""
     parts = dict.fromkeys(PARTS, 0.0)
-    events = list(found.events() or ())
-    for kernel, origin, microseconds in _spent(events, on_device=bool(cuda)):
+    known: Counter[str] = Counter()
+    for kernel, origin, microseconds in _spent(events, on_device=on_device):
         parts[part_of(kernel, origin)] += microseconds
-    if cuda:
+        known[kernel] += microseconds
+    if on_device:
         # Marks of ranges stand among the kernels, under names such as Optimizer.step#AdamW.step.
         kernels = [e for e in events if e.device_type == DeviceType.CUDA and "#" not in e.name]
         busy = sum(e.time_range.elapsed_us() for e in kernels)
         whole = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
-        parts[UNKNOWN], parts[WAITING] = busy - sum(parts.values()), whole - busy
-    return {part: microseconds / 1e3 / _STEPS for part, microseconds in parts.items()}
+        parts |= {UNKNOWN: 0.0, WAITING: whole - busy}
+        for kernel, microseconds in _left_over(kernels, known).items():
+            named = part_of(kernel, ())
+            parts[UNKNOWN if named == REST else named] += microseconds
+    return parts
 
 
 def _spent(events: Sequence[Any], *, on_device: bool) -> Iterator[tuple[str, list[str], float]]:
@@ -85,6 +96,14 @@ def _spent(events: Sequence[Any], *, on_device: bool) -> Iterator[tuple[str, lis
                     yield kernel.name, origin, kernel.duration
         else:
             yield event.name, origin, event.self_cpu_time_total
+
+
+def _left_over(kernels: Sequence[Any], known: Counter[str]) -> Counter[str]:
+    """Microseconds of ``kernels`` by name that are not among the ``known``: of these the names alone tell the part."""
+    found: Counter[str] = Counter()
+    for kernel in kernels:
+        found[kernel.name] += kernel.time_range.elapsed_us()
+    return found - known
 
 
 def _origin(event: Any) -> Iterator[str]:

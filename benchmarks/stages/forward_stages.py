@@ -75,13 +75,16 @@ _STAGED = """    # What was staged before has been read.
     gl.thread_barrier()
 """
 NO_COPIES_OUT = Edit(module=_KERNEL, old=_COPIED, new="pass")
-# Of a program one tile with the blocks of all of its pairs; of the narrow blocks the first group skips one a tile.
+# Of a program one tile with the blocks of all of its pairs; of the narrow blocks the first group skips one a tile. For
+# sequences of one length, whole pairs each: the list has one line more for each, and these stand empty at its end.
 _ALL_BLOCKS = """    pair = (last + 2) * (_TILE_ROWS // BLOCK_N)
     if BLOCK_N == GROUP_ROWS:
         pair -= 1
     programs, program = gl.num_programs(0), gl.program_id(0)
-    full = items // programs
-    pairs = full + gl.where(snake(full, programs, program) < items, 1, 0)
+    of_one = (last + 2) // 2
+    there = items // (of_one + 1) * of_one
+    full = there // programs
+    pairs = full + gl.where(snake(full, programs, program) < there, 1, 0)
     blocks = gl.where(turn == 0, pairs * pair, 0)
     # Before all of its keys: no block lies on the diagonal, and no row is written.
     row = row * 0 + (1 << 20)

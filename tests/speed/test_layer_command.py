@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Kernel
 
 from benchmarks.layer import __main__ as command
 from benchmarks.layer import models
@@ -20,7 +23,10 @@ from benchmarks.layer.parts import (
     PARTS,
     PRODUCTS,
     REST,
+    UNKNOWN,
+    WAITING,
     part_of,
+    parts_of,
 )
 
 TINY = ["run", "--tiny", "--device", "cpu", "--layers", "2", "--seconds", "0.001"]
@@ -160,3 +166,28 @@ def test_the_time_of_a_step_by_part(tmp_path: Path) -> None:
 )
 def test_every_kernel_has_its_part(kernel: str, origin: list[str], part: str) -> None:
     assert part_of(kernel, origin) == part
+
+
+def test_kernels_on_a_device_are_put_to_the_operations_that_launched_them() -> None:
+    def event(name: str, begin: float, end: float, device: DeviceType, parent: object = None) -> SimpleNamespace:
+        spent = SimpleNamespace(start=begin, end=end, elapsed_us=lambda: end - begin)
+        return SimpleNamespace(name=name, time_range=spent, device_type=device, cpu_parent=parent, kernels=[])
+
+    layer = event("_EagerAttentionBackward", 0, 1, DeviceType.CPU)
+    product = event("aten::bmm", 0, 1, DeviceType.CPU, layer)
+    step = event("Optimizer.step#AdamW.step", 0, 1, DeviceType.CPU)
+    product.kernels = [Kernel("gemm", 0, 5.0)]
+    step.kernels = [Kernel("adam", 0, 1.0), Kernel("Optimizer.step#AdamW.step", 0, 9.0)]
+    device = [("gemm", 0, 5), ("hopper_fwd_kernel", 6, 9), ("lost", 9, 13), ("adam", 15, 16)]
+    kernels = [event(name, begin, end, DeviceType.CUDA) for name, begin, end in device]
+    kernels.append(event("Optimizer.step#AdamW.step", 0, 90, DeviceType.CUDA))
+    found = parts_of([layer, product, step, *kernels], on_device=True)
+    assert found == {
+        ATTENTION_FORWARD: 3,
+        ATTENTION_BACKWARD: 5,
+        PRODUCTS: 0,
+        REST: 0,
+        OPTIMISER: 1,
+        UNKNOWN: 4,
+        WAITING: 3,
+    }
