@@ -27,13 +27,15 @@ from benchmarks.layer.models import (
     plain,
     training_flops,
 )
+from benchmarks.layer.parts import COLUMNS as PART_COLUMNS
+from benchmarks.layer.parts import measure_parts
 from benchmarks.ledger import RESULTS, LedgerError, append, read
 from benchmarks.machine import measure_ceilings, provenance
 from hstu_kernels import UnsupportedBackend
 from hstu_kernels.dispatch import choose_backend
 from hstu_plugin.config import Variant
 
-LEDGER = RESULTS / "layer.csv"
+LEDGER, PARTS_LEDGER = RESULTS / "layer.csv", RESULTS / "layer-parts.csv"
 _PATH = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -133,6 +135,49 @@ def memory(
             single = replace(case, config=replace(case.config, num_layers=1))
             for kind in stored_tensors(choice.model(single).to(place).train(), batch):
                 click.echo(f"    {kind.count} x {list(kind.shape)} {kind.dtype}: {kind.nbytes / unit:.3f} u")
+
+
+@main.command()
+@click.option(
+    "--contender", "names", multiple=True, type=click.Choice(["triton", "eager"]), default=("triton", "eager")
+)
+@click.option("--case", "chosen", type=click.Choice(["full", "jagged"]), default="full", show_default=True)
+@click.option("--layers", default=8, show_default=True)
+@click.option("--variant", type=click.Choice(list(Variant)), default=Variant.ULTRA, show_default=True)
+@click.option("--device", default=None, help="Default: cuda where there is one, else cpu.")
+@click.option("--tiny", is_flag=True, help="A few rows, to try the command.")
+@click.option("--output", type=_PATH, default=PARTS_LEDGER, show_default=True, help="CSV to append to.")
+@click.option("--commit", help="To record. Default: that of this checkout.")
+@click.option("--dry-run", is_flag=True, help="Record nothing.")
+def parts(
+    names: tuple[str, ...],
+    chosen: str,
+    layers: int,
+    variant: str,
+    device: str | None,
+    tiny: bool,
+    output: Path,
+    commit: str | None,
+    dry_run: bool,
+) -> None:
+    """Device time of a step by part, as the profiler finds it: attention, products, the rest, the optimiser."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    case = next(case for case in cases(layers=layers, variant=variant, tiny=tiny) if case.name == chosen)
+    batch = make_batch(case, place)
+    about = provenance(place, commit) | {"case": chosen, "variant": variant, "layers": layers}
+    for name in names:
+        try:
+            found = measure_parts(CONTENDERS[name](case).to(place).train(), batch)
+        except UnsupportedBackend as reason:
+            click.echo(f"{name:7} not measured: {str(reason).splitlines()[0]}")
+            continue
+        whole = sum(found.values())
+        for part, spent in found.items():
+            click.echo(f"{chosen:7} {name:7} {spent:9.3f} ms {100 * spent / whole:5.1f} % {part}")
+        if not dry_run:
+            own = about | {"contender": name}
+            rows = [own | {"part": part, "ms": ms, "share": ms / whole} for part, ms in found.items()]
+            append(output, PART_COLUMNS, rows)
 
 
 @main.command()

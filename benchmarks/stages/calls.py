@@ -48,8 +48,11 @@ def kernel_of(study: Study, plan: Any) -> str:
         return "hstu_bwd_dq_kernel, hstu_bwd_dkdv_kernel"
     if study.direction == CACHED:
         return "hopper_target_kernel"
-    hopper = any(getattr(kit, "hopper", None) is not None for kit in plan.kits.values())
-    return "hopper_fwd_kernel" if hopper else "hstu_fwd_kernel"
+    for kit in plan.kits.values():
+        for name, kernel in (("hopper", "hopper_fwd_kernel"), ("hopper_biased", "hopper_biased_kernel")):
+            if getattr(kit, name, None) is not None:
+                return kernel
+    return "hstu_fwd_kernel"
 
 
 def same(one: Results, other: Results) -> bool:

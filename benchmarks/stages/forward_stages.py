@@ -1,7 +1,4 @@
-"""Stages of the forward without a bias: of the kernel for Hopper (`hopper_forward`) and of that for all GPUs.
-
-Which of them a call takes is the shipped code's choice; an edit of the other one does no harm.
-"""
+"""Stages of the forward without a bias by the kernel for Hopper (`hopper_forward`), and edits that others share."""
 
 from benchmarks.stages.patching import Edit, Stage
 
@@ -67,58 +64,78 @@ STORES = Edit(
     old="inside = (row[:, None] < seq_len - begin) & (column[None, :] < WIDTH)",
     new=f"inside = (row[:, None] < seq_len - begin - {NOWHERE}) & (column[None, :] < WIDTH)",
 )
-HOPPER_STORES = Edit(module="hopper_forward", old="rows < length - row, 1)", new=f"rows < length - row - {NOWHERE}, 1)")
-_LOADS = "        seq_start,\n        {begin},\n        seq_len,\n        BLOCK_N,\n        SHAPE.{width}_dim,\n"
-
-
-def _one_block(width: str) -> Edit:
-    """Blocks begin at multiples of their size: the first block is read again and again."""
-    return Edit(
-        module="forward",
-        old=_LOADS.format(begin="begin", width=width),
-        new=_LOADS.format(begin="begin & (BLOCK_N - 1)", width=width),
-    )
-
+_KERNEL = "hopper_forward"
+_INDENT = " " * 16
+_COPIED = "tma.async_copy_shared_to_global(out_desc, [start.to(gl.int32) + row, head * D], staged)"
+_STAGED = """    # What was staged before has been read.
+    tma.store_wait(0)
+    gl.thread_barrier()
+    staged.store((acc * scale).to(staged.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+"""
+NO_COPIES_OUT = Edit(module=_KERNEL, old=_COPIED, new="pass")
+# Of a program one tile with the blocks of all of its pairs; of the narrow blocks the first group skips one a tile. For
+# sequences of one length, whole pairs each: the list has one line more for each, and these stand empty at its end.
+_ALL_BLOCKS = """    pair = (last + 2) * (_TILE_ROWS // BLOCK_N)
+    if BLOCK_N == GROUP_ROWS:
+        pair -= 1
+    programs, program = gl.num_programs(0), gl.program_id(0)
+    of_one = (last + 2) // 2
+    there = items // (of_one + 1) * of_one
+    full = there // programs
+    pairs = full + gl.where(snake(full, programs, program) < there, 1, 0)
+    blocks = gl.where(turn == 0, pairs * pair, 0)
+    # Before all of its keys: no block lies on the diagonal, and no row is written.
+    row = row * 0 + (1 << 20)
+"""
+_BLOCKS = "    blocks = (gl.minimum(row + _TILE_ROWS, length) + BLOCK_N - 1) // BLOCK_N\n"
+_ONE_TILE = (
+    Edit(module=_KERNEL, old=_BLOCKS, new=_ALL_BLOCKS),
+    Edit(module=_KERNEL, old="turns = (items + programs - 1) // programs * 2", new="turns = items * 0 + 1", count=2),
+    Edit(module=_KERNEL, old="(q_desc, [first + row, column]", new="(q_desc, [first, column]"),
+    Edit(module=_KERNEL, old="second_row = first + row + GROUP_ROWS", new="second_row = first + GROUP_ROWS"),
+    Edit(module=_KERNEL, old="begin = first + i * BLOCK_N", new="begin = first + (i * BLOCK_N) % _length"),
+)
+_NEXT_FIRST = """coming = warpgroup_mma(
+                    q_buffer.index(2 * next_place + group), keys, nothing, use_acc=False, is_async=True
+                )"""
 
 STAGES = (
-    Stage(name="stores", edits=(HOPPER_STORES, STORES), visible=False),
-    Stage(name="SiLU", edits=(HOPPER_SILU, SILU)),
-    Stage(name="mask of the diagonal", edits=(HOPPER_MASK, MASK)),
+    Stage(name="stores by the copy engine", edits=(NO_COPIES_OUT,), visible=False),
     Stage(
-        name="fetching (Hopper: no copies; else one block again and again)",
+        name="stores and staged rows",
         edits=(
-            *without_copies("hopper_forward", "@gluon.jit\ndef _fetch(", copies=4, expected=3),
-            _one_block("qk"),
-            _one_block("v"),
+            Edit(
+                module=_KERNEL, old=_STAGED, new=f"    {kept('(acc * scale).to(staged.dtype)', 'staged.dtype', 'gl')}\n"
+            ),
+            NO_COPIES_OUT,
         ),
+        visible=False,
     ),
+    Stage(name="tiles' ends (all blocks of a program in one tile)", edits=_ONE_TILE, visible=False),
+    Stage(name="SiLU", edits=(HOPPER_SILU,)),
+    Stage(name="mask of the diagonal", edits=(HOPPER_MASK,)),
+    Stage(name="fetching", edits=without_copies(_KERNEL, "@gluon.jit\ndef snake(", copies=4, expected=3)),
     Stage(
         name="first product",
         edits=(
             Edit(
-                module="hopper_forward",
+                module=_KERNEL,
                 old="coming = warpgroup_mma(q, keys, nothing, use_acc=False, is_async=True)",
                 new="coming = nothing + ahead.to(gl.float32)",
             ),
-            Edit(
-                module="forward",
-                old="tl.dot(q, tl.trans(k), rab, input_precision=SHAPE.precision), alpha",
-                new=f"rab + {distances('rows', 'cols')}, alpha",
-            ),
+            Edit(module=_KERNEL, old=_NEXT_FIRST, new="coming = nothing + ahead.to(gl.float32)"),
         ),
     ),
     Stage(
         name="second product",
         edits=(
             Edit(
-                module="hopper_forward",
+                module=_KERNEL,
                 old="growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)",
-                new=kept("p", "p.dtype", "gl") + "\n                    growing = acc",
-            ),
-            Edit(
-                module="forward",
-                old="return tl.dot(weights.to(v.dtype), v, acc, input_precision=SHAPE.precision)",
-                new=kept("weights.to(v.dtype)", "v.dtype") + "\n    return acc",
+                new=f"{kept('p', 'p.dtype', 'gl')}\n{_INDENT}growing = acc",
+                count=3,
             ),
         ),
     ),
@@ -126,13 +143,8 @@ STAGES = (
         name="all but the launch",
         edits=(
             Edit(
-                module="hopper_launch",
-                old="numbers = (self._items, *(x.stride(1)",
-                new="numbers = (0, *(x.stride(1)",
+                module="hopper_launch", old="numbers = (self._items, *(x.stride(1)", new="numbers = (0, *(x.stride(1)"
             ),
-            Edit(module="forward", old="for i in range(inside):", new=f"for i in range(inside - {NOWHERE}):"),
-            Edit(module="forward", old="    if reaches_over:", new=f"    if reaches_over & (seq_len > {NOWHERE}):"),
-            STORES,
         ),
         visible=False,
     ),

@@ -27,12 +27,16 @@ class StalePatch(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """In ``module``, a file of the folder without its suffix, ``old`` stands ``count`` times and becomes ``new``."""
+    """In ``module``, a file of the folder without its suffix, ``old`` stands ``count`` times and becomes ``new``.
+
+    ``optional``: or it does not stand there at all, since another edit of the stage takes its place.
+    """
 
     module: str
     old: str
     new: str
     count: int = 1
+    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ def patched_source(source: str, edits: Sequence[Edit], module: str) -> str:
         if edit.module != module:
             continue
         found = source.count(edit.old)
-        if found != edit.count:
+        if found != edit.count and not (edit.optional and found == 0):
             raise StalePatch(
                 f"{PACKAGE}.{module}: expected {edit.count} times {edit.old!r}, found {found}; "
                 "write the edit anew for the present source (benchmarks/stages)"

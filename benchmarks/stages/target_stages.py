@@ -1,6 +1,6 @@
 """Stages of cached scoring by the kernel for Hopper (`hopper_target`, `hopper_target_fetch`)."""
 
-from benchmarks.stages.forward_stages import HOPPER_MASK, HOPPER_SILU, NOWHERE, kept, without_copies
+from benchmarks.stages.forward_stages import HOPPER_MASK, HOPPER_SILU, NO_COPIES_OUT, NOWHERE, kept, without_copies
 from benchmarks.stages.patching import Edit, Stage
 
 _KERNEL = "hopper_target"
@@ -20,7 +20,16 @@ _HELPER = Edit(module=_KERNEL, old="@gluon.jit\ndef _own_terms(", new=_NO_LOGITS
 STAGES = (
     Stage(
         name="stores",
-        edits=(Edit(module=_KERNEL, old="rows < length - row, 1)", new=f"rows < length - row - {NOWHERE}, 1)"),),
+        # By the copy engine as in the forward, or by the threads.
+        edits=(
+            NO_COPIES_OUT,
+            Edit(
+                module=_KERNEL,
+                old="rows < length - row, 1)",
+                new=f"rows < length - row - {NOWHERE}, 1)",
+                optional=True,
+            ),
+        ),
         visible=False,
     ),
     Stage(name="SiLU", edits=(HOPPER_SILU,)),

@@ -28,10 +28,11 @@ def lowered(study: Study, copy: Copy, dtype: torch.dtype) -> Iterator[str]:
         yield _plain(copy.module("backward_queries").hstu_bwd_dq_kernel, "dq", study, dtype)
         yield _plain(copy.module("backward_keys").hstu_bwd_dkdv_kernel, "dkdv", study, dtype)
     else:
-        yield _plain(copy.module("forward").hstu_fwd_kernel, "forward", study, dtype)
         if study.chosen().bias is BiasKind.NONE:
-            kernel = copy.module("hopper_forward").hopper_fwd_kernel
-            yield _gluon(kernel, 64, {"HEADS": 4, "D": _WIDTH, "BLOCK_N": 64, "STAGES": 3}, dtype)
+            slots = {"BLOCK_N": 64, "STAGES": 3 if study.chosen().length >= 4096 else 4}
+            yield _gluon(copy.module("hopper_forward").hopper_fwd_kernel, 64, {"HEADS": 4, "D": _WIDTH, **slots}, dtype)
+        else:
+            yield _plain(copy.module("forward").hstu_fwd_kernel, "forward", study, dtype)
 
 
 def _gluon(kernel: Any, keys: int, constants: dict[str, Any], dtype: torch.dtype) -> str:
@@ -39,7 +40,7 @@ def _gluon(kernel: Any, keys: int, constants: dict[str, Any], dtype: torch.dtype
 
     signature = {}
     for name in kernel.arg_names:
-        rows = 64 if name == "q_desc" else keys
+        rows = 64 if name in ("q_desc", "out_desc") else keys
         signature[name] = _type_of(name, constants)
         if name.endswith("_desc"):
             signature[name] = f"tensordesc<bf16[{rows}, {_WIDTH}],{shared_layout(rows, _WIDTH, dtype)!r}>"

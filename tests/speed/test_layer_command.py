@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Kernel
 
 from benchmarks.layer import __main__ as command
 from benchmarks.layer import models
 from benchmarks.layer.models import CONTENDERS, Ours, cases, exact, training_flops
+from benchmarks.layer.parts import (
+    ATTENTION_BACKWARD,
+    ATTENTION_FORWARD,
+    OPTIMISER,
+    PARTS,
+    PRODUCTS,
+    REST,
+    UNKNOWN,
+    WAITING,
+    part_of,
+    parts_of,
+)
 
 TINY = ["run", "--tiny", "--device", "cpu", "--layers", "2", "--seconds", "0.001"]
 
@@ -121,3 +136,58 @@ def test_memory_lists_what_each_choice_stores() -> None:
     assert "triton not measured" in done.output
     assert "x [" in done.output
     assert " bfloat16: " in done.output
+
+
+def test_the_time_of_a_step_by_part(tmp_path: Path) -> None:
+    path = tmp_path / "parts.csv"
+    words = ["parts", "--tiny", "--device", "cpu", "--layers", "2", "--output", str(path), "--commit", "abc"]
+    done = CliRunner().invoke(command.main, words)
+    assert done.exit_code == 0, done.output
+    assert "triton  not measured" in done.output
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    assert [row["part"] for row in rows] == list(PARTS) and {row["contender"] for row in rows} == {"eager"}
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "origin", "part"),
+    [
+        ("hopper_fwd_kernel", ["_Layer"], ATTENTION_FORWARD),
+        ("hstu_bwd_dkdv_kernel", ["_LayerBackward"], ATTENTION_BACKWARD),
+        ("nvjet_tst", ["aten::bmm", "_EagerAttention"], ATTENTION_FORWARD),
+        ("nvjet_tst", ["aten::baddbmm", "_EagerAttentionBackward"], ATTENTION_BACKWARD),
+        ("nvjet_tst", ["aten::mm", "MmBackward0"], PRODUCTS),
+        ("product_kernel", ["_Layer"], PRODUCTS),
+        ("gate_bwd_kernel", ["_LayerBackward"], REST),
+        ("vectorized_elementwise", ["aten::mul"], REST),
+        ("multi_tensor_apply", ["aten::_fused_adamw_", "Optimizer.step#AdamW.step"], OPTIMISER),
+    ],
+)
+def test_every_kernel_has_its_part(kernel: str, origin: list[str], part: str) -> None:
+    assert part_of(kernel, origin) == part
+
+
+def test_kernels_on_a_device_are_put_to_the_operations_that_launched_them() -> None:
+    def event(name: str, begin: float, end: float, device: DeviceType, parent: object = None) -> SimpleNamespace:
+        spent = SimpleNamespace(start=begin, end=end, elapsed_us=lambda: end - begin)
+        return SimpleNamespace(name=name, time_range=spent, device_type=device, cpu_parent=parent, kernels=[])
+
+    layer = event("_EagerAttentionBackward", 0, 1, DeviceType.CPU)
+    product = event("aten::bmm", 0, 1, DeviceType.CPU, layer)
+    step = event("Optimizer.step#AdamW.step", 0, 1, DeviceType.CPU)
+    product.kernels = [Kernel("gemm", 0, 5.0)]
+    step.kernels = [Kernel("adam", 0, 1.0), Kernel("Optimizer.step#AdamW.step", 0, 9.0)]
+    device = [("gemm", 0, 5), ("hopper_fwd_kernel", 6, 9), ("lost", 9, 13), ("adam", 15, 16)]
+    kernels = [event(name, begin, end, DeviceType.CUDA) for name, begin, end in device]
+    kernels.append(event("Optimizer.step#AdamW.step", 0, 90, DeviceType.CUDA))
+    found = parts_of([layer, product, step, *kernels], on_device=True)
+    assert found == {
+        ATTENTION_FORWARD: 3,
+        ATTENTION_BACKWARD: 5,
+        PRODUCTS: 0,
+        REST: 0,
+        OPTIMISER: 1,
+        UNKNOWN: 4,
+        WAITING: 3,
+    }
