@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.attention.cases import Case, choose
-from benchmarks.stages import bias_stages, forward_stages, local_stages, target_stages
+from benchmarks.stages import bias_stages, forward_stages, local_stages, plain_stages, target_stages
 from benchmarks.stages.patching import Stage
 
 FORWARD, BACKWARD, CACHED = "forward", "backward", "cached"
@@ -34,6 +34,8 @@ STUDIES = (
     Study(case="16x4096-bias-both", direction=BACKWARD, stages=bias_stages.BACKWARD),
     Study(case="16x4096-bias-both", direction=FORWARD, stages=bias_stages.FORWARD),
     Study(case="32x4096-1024-candidates", direction=CACHED, stages=target_stages.STAGES),
+    Study(case="16x4096x8x64-full", direction=FORWARD, stages=plain_stages.STAGES),
+    Study(case="128x512x4x64-jagged", direction=BACKWARD, stages=local_stages.SHORT),
     Study(case="16x4096x4x128-full", direction=FORWARD, stages=forward_stages.STAGES),
     Study(case="32x1024x4x128-full", direction=FORWARD, stages=forward_stages.STAGES),
 )

@@ -16,21 +16,22 @@ from hstu_kernels.testing import BiasKind
 _TABLES = ("pos_ptr", "time_ptr", "bounds_ptr", "row_times_ptr", "key_times_ptr", "key_spans_ptr", "row_spans_ptr")
 _SUMS = ("pos_sums_ptr", "pos_factor_ptr", "time_sums_ptr")
 _INT64 = ("work_ptr", "bounds_ptr", "row_times_ptr", "key_times_ptr", "key_spans_ptr", "row_spans_ptr")
-_WIDTH = 128
 
 
 def lowered(study: Study, copy: Copy, dtype: torch.dtype) -> Iterator[str]:
     """Text of each kernel that a call of ``study`` may take."""
+    case = study.chosen()
+    width = case.qk_dim
     if study.direction == CACHED:
         kernel = copy.module("hopper_target").hopper_target_kernel
-        yield _gluon(kernel, 128, {"HEADS": 4, "D": _WIDTH, "BLOCK_N": 128, "STAGES": 2, "SPLIT_BLOCKS": 16}, dtype)
+        yield _gluon(kernel, 128, {"HEADS": 4, "D": width, "BLOCK_N": 128, "STAGES": 2, "SPLIT_BLOCKS": 16}, dtype)
     elif study.direction == BACKWARD:
         yield _plain(copy.module("backward_queries").hstu_bwd_dq_kernel, "dq", study, dtype)
         yield _plain(copy.module("backward_keys").hstu_bwd_dkdv_kernel, "dkdv", study, dtype)
     else:
-        if study.chosen().bias is BiasKind.NONE:
-            slots = {"BLOCK_N": 64, "STAGES": 3 if study.chosen().length >= 4096 else 4}
-            yield _gluon(copy.module("hopper_forward").hopper_fwd_kernel, 64, {"HEADS": 4, "D": _WIDTH, **slots}, dtype)
+        if case.bias is BiasKind.NONE and width == 128:
+            slots = {"BLOCK_N": 64, "STAGES": 3 if case.length >= 4096 else 4}
+            yield _gluon(copy.module("hopper_forward").hopper_fwd_kernel, 64, {"HEADS": 4, "D": width, **slots}, dtype)
         else:
             yield _plain(copy.module("forward").hstu_fwd_kernel, "forward", study, dtype)
 
@@ -43,7 +44,8 @@ def _gluon(kernel: Any, keys: int, constants: dict[str, Any], dtype: torch.dtype
         rows = 64 if name in ("q_desc", "out_desc") else keys
         signature[name] = _type_of(name, constants)
         if name.endswith("_desc"):
-            signature[name] = f"tensordesc<bf16[{rows}, {_WIDTH}],{shared_layout(rows, _WIDTH, dtype)!r}>"
+            width = constants["D"]
+            signature[name] = f"tensordesc<bf16[{rows}, {width}],{shared_layout(rows, width, dtype)!r}>"
     return _text(GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={}), 4)
 
 
@@ -51,15 +53,15 @@ def _plain(kernel: Any, role: str, study: Study, dtype: torch.dtype) -> str:
     from triton.compiler import ASTSource
 
     case = study.chosen()
-    biased = case.bias is not BiasKind.NONE
-    tiles = tile_set(_WIDTH, _WIDTH, dtype, biased=biased, windowed=case.mask.max_attn_len > 0, longest=case.length)
+    biased, width = case.bias is not BiasKind.NONE, case.qk_dim
+    tiles = tile_set(width, width, dtype, biased=biased, windowed=case.mask.max_attn_len > 0, longest=case.length)
     tile = getattr(tiles, role)
     shape = KernelShape(
         heads=4,
-        qk_dim=_WIDTH,
-        v_dim=_WIDTH,
-        block_qk=padded_width(_WIDTH),
-        block_v=padded_width(_WIDTH),
+        qk_dim=width,
+        v_dim=width,
+        block_qk=padded_width(width),
+        block_v=padded_width(width),
         block_m=tile.block_m,
         block_n=tile.block_n,
         contextual=0,
@@ -81,7 +83,7 @@ def _plain(kernel: Any, role: str, study: Study, dtype: torch.dtype) -> str:
     for name in kernel.arg_names:
         if name.endswith("_desc"):
             rows = tile.block_n if name in ("k_desc", "v_desc") else tile.block_m
-            signature[name] = f"tensordesc<bf16[{rows}, {_WIDTH}]>"
+            signature[name] = f"tensordesc<bf16[{rows}, {width}]>"
     return _text(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={}), tile.num_warps)
 
 
