@@ -47,6 +47,20 @@ def read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def read_of_device(path: Path, columns: Sequence[str], device: str | None) -> list[dict[str, str]]:
+    """The rows of `read` whose device contains ``device``; ``None``: that of the last row.
+
+    Raises:
+        LedgerError: as `read`, or nothing is recorded for such a device.
+    """
+    rows = read(path, columns)
+    device = device or (rows[-1]["device"] if rows else "")
+    rows = [row for row in rows if device in row["device"]]
+    if not rows:
+        raise LedgerError(f"{path}: no rows of a device named {device!r}")
+    return rows
+
+
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
     with path.open(encoding="utf-8", newline="") as file:
         found = next(csv.reader(file), [])

@@ -10,7 +10,7 @@ from benchmarks.attention.compare import Row, bias_ratios, cached_ratios, length
 from benchmarks.attention.measure import ADDED, BACKWARD, CALL, COLUMNS, EMPTY, FORWARD, GRAPH, UNPLANNED
 from benchmarks.floors import HEADER, Floor, judge, load
 from benchmarks.layer.columns import COLUMNS as LAYER_COLUMNS
-from benchmarks.ledger import LedgerError, read
+from benchmarks.ledger import read, read_of_device
 
 _LEGEND = """\
 Median milliseconds [20th, 80th percentile] of device events over rotating inputs, and TFLOP/s of useful work: causal
@@ -32,11 +32,8 @@ def write_report(source: Path, layers: Path, folder: Path, device: str | None = 
     Raises:
         LedgerError: nothing is recorded, or nothing for ``device``.
     """
-    rows = read(source, COLUMNS)
-    device = device or (rows[-1]["device"] if rows else "")
-    rows = [row for row in rows if device in row["device"]]
-    if not rows:
-        raise LedgerError(f"{source}: no rows of a device named {device!r}")
+    rows = read_of_device(source, COLUMNS, device)
+    device = device or rows[-1]["device"]
     steps = [row for row in read(layers, LAYER_COLUMNS) if device in row["device"]] if layers.is_file() else []
     floors = judge(load(), rows, steps)
     folder.mkdir(parents=True, exist_ok=True)

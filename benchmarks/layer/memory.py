@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,9 +78,8 @@ def stored_tensors(model: nn.Module, batch: Batch) -> list[Stored]:
     return sorted((Stored(*kind, kinds[kind], size) for kind, size in sizes.items()), key=lambda s: -s.nbytes)
 
 
-def step_of(model: nn.Module, batch: Batch, seconds: float) -> tuple[float | None, Spread]:
-    """Peak of a step in MiB, where the device counts it, and its time; the step of ``run``."""
-    device = batch.x.device
+def training_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """Forward, backward and a fused AdamW step, the same optimizer at each call."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -88,6 +87,13 @@ def step_of(model: nn.Module, batch: Batch, seconds: float) -> tuple[float | Non
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    return step
+
+
+def step_of(model: nn.Module, batch: Batch, seconds: float) -> tuple[float | None, Spread]:
+    """Peak of a step in MiB, where the device counts it, and its time; the step of ``run``."""
+    device = batch.x.device
+    step = training_step(model, batch)
     # Moments exist from the first step on.
     step()
     return peak_mebibytes(step, device), time_calls([step], device, seconds=seconds)

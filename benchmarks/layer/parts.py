@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.layer.memory import backward
+from benchmarks.layer.memory import training_step
 from benchmarks.layer.models import Batch
 from benchmarks.timing import synchronize
 
@@ -46,13 +45,7 @@ def measure_parts(model: nn.Module, batch: Batch) -> dict[str, float]:
     The last two on a GPU: kernels that the profiler could not put to an operation, and time without a kernel.
     """
     device = batch.x.device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        backward(model, batch, autocast=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    step = training_step(model, batch)
     for _ in range(_STEPS):
         step()
     synchronize(device)

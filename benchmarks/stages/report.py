@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.ledger import LedgerError, read
+from benchmarks.ledger import read_of_device
 from benchmarks.stages.measure import ALONE, COLUMNS, WITHOUT
 from benchmarks.stages.patching import WHOLE
 
@@ -30,11 +30,7 @@ def write_report(source: Path, folder: Path, device: str | None = None) -> list[
     Raises:
         LedgerError: nothing is recorded, or nothing for ``device``.
     """
-    rows = read(source, COLUMNS)
-    device = device or (rows[-1]["device"] if rows else "")
-    rows = [row for row in rows if device in row["device"]]
-    if not rows:
-        raise LedgerError(f"{source}: no rows of a device named {device!r}")
+    rows = read_of_device(source, COLUMNS, device)
     studies = newest_runs(rows)
     folder.mkdir(parents=True, exist_ok=True)
     text, chart = folder / "stages.md", folder / "stages.png"
