@@ -1,4 +1,4 @@
-"""Stages of the forward without a bias by the kernel for Hopper (`hopper_forward`), and edits that others share."""
+"""Stages of the forward without a bias on Hopper (`hopper_forward`, `hopper_fetch`), and edits that others share."""
 
 from benchmarks.stages.patching import Edit, Stage
 
@@ -39,7 +39,7 @@ def _arrive(bar, size):
 
 
 HOPPER_SILU = Edit(
-    module="hopper_forward",
+    module="hopper_pieces",
     old="""    half = logits * half_alpha
     tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1)
     return half * tanh + half""",
@@ -52,7 +52,7 @@ SILU = Edit(
     new="        value = x * (0.5 * factor)",
 )
 HOPPER_MASK = Edit(
-    module="hopper_forward", old="    if edge:\n        cols = begin", new="    if False:\n        cols = begin"
+    module="hopper_pieces", old="    if edge:\n        cols = begin", new="    if False:\n        cols = begin"
 )
 MASK = Edit(
     module="forward",
@@ -64,7 +64,8 @@ STORES = Edit(
     old="inside = (row[:, None] < seq_len - begin) & (column[None, :] < WIDTH)",
     new=f"inside = (row[:, None] < seq_len - begin - {NOWHERE}) & (column[None, :] < WIDTH)",
 )
-_KERNEL = "hopper_forward"
+# The kernel, the list with the warp that fetches, and what the kernels for Hopper share.
+_KERNEL, _FETCH, _PIECES = "hopper_forward", "hopper_fetch", "hopper_pieces"
 _INDENT = " " * 16
 _COPIED = "tma.async_copy_shared_to_global(out_desc, [start.to(gl.int32) + row, head * D], staged)"
 _STAGED = """    # What was staged before has been read.
@@ -74,7 +75,7 @@ _STAGED = """    # What was staged before has been read.
     fence_async_shared()
     gl.thread_barrier()
 """
-NO_COPIES_OUT = Edit(module=_KERNEL, old=_COPIED, new="pass")
+NO_COPIES_OUT = Edit(module=_PIECES, old=_COPIED, new="pass")
 # Of a program one tile with the blocks of all of its pairs; of the narrow blocks the first group skips one a tile. For
 # sequences of one length, whole pairs each: the list has one line more for each, and these stand empty at its end.
 _ALL_BLOCKS = """    pair = (last + 2) * (_TILE_ROWS // BLOCK_N)
@@ -91,11 +92,14 @@ _ALL_BLOCKS = """    pair = (last + 2) * (_TILE_ROWS // BLOCK_N)
 """
 _BLOCKS = "    blocks = (gl.minimum(row + _TILE_ROWS, length) + BLOCK_N - 1) // BLOCK_N\n"
 _ONE_TILE = (
-    Edit(module=_KERNEL, old=_BLOCKS, new=_ALL_BLOCKS),
-    Edit(module=_KERNEL, old="turns = (items + programs - 1) // programs * 2", new="turns = items * 0 + 1", count=2),
-    Edit(module=_KERNEL, old="(q_desc, [first + row, column]", new="(q_desc, [first, column]"),
-    Edit(module=_KERNEL, old="second_row = first + row + GROUP_ROWS", new="second_row = first + GROUP_ROWS"),
-    Edit(module=_KERNEL, old="begin = first + i * BLOCK_N", new="begin = first + (i * BLOCK_N) % _length"),
+    Edit(module=_FETCH, old=_BLOCKS, new=_ALL_BLOCKS),
+    *(
+        Edit(module=module, old="turns = (items + programs - 1) // programs * 2", new="turns = items * 0 + 1")
+        for module in (_KERNEL, _FETCH)
+    ),
+    Edit(module=_FETCH, old="(q_desc, [first + row, column]", new="(q_desc, [first, column]"),
+    Edit(module=_FETCH, old="second_row = first + row + GROUP_ROWS", new="second_row = first + GROUP_ROWS"),
+    Edit(module=_FETCH, old="begin = first + i * BLOCK_N", new="begin = first + (i * BLOCK_N) % _length"),
 )
 _NEXT_FIRST = """coming = warpgroup_mma(
                     q_buffer.index(2 * next_place + group), keys, nothing, use_acc=False, is_async=True
@@ -107,7 +111,7 @@ STAGES = (
         name="stores and staged rows",
         edits=(
             Edit(
-                module=_KERNEL, old=_STAGED, new=f"    {kept('(acc * scale).to(staged.dtype)', 'staged.dtype', 'gl')}\n"
+                module=_PIECES, old=_STAGED, new=f"    {kept('(acc * scale).to(staged.dtype)', 'staged.dtype', 'gl')}\n"
             ),
             NO_COPIES_OUT,
         ),
@@ -116,7 +120,7 @@ STAGES = (
     Stage(name="tiles' ends (all blocks of a program in one tile)", edits=_ONE_TILE, visible=False),
     Stage(name="SiLU", edits=(HOPPER_SILU,)),
     Stage(name="mask of the diagonal", edits=(HOPPER_MASK,)),
-    Stage(name="fetching", edits=without_copies(_KERNEL, "@gluon.jit\ndef snake(", copies=4, expected=3)),
+    Stage(name="fetching", edits=without_copies(_FETCH, "@gluon.jit\ndef snake(", copies=4, expected=3)),
     Stage(
         name="first product",
         edits=(

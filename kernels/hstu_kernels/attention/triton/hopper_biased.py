@@ -16,14 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hstu_kernels.attention.triton.hopper_bias import block_bias, block_class, low_times, read_span
-from hstu_kernels.attention.triton.hopper_forward import (
+from hstu_kernels.attention.triton.hopper_fetch import fetch_blocks, prefetch_tile, read_tile
+from hstu_kernels.attention.triton.hopper_pieces import (
     GROUP_ROWS,
     clear_behind,
-    fetch_blocks,
     last_seen_by,
     pass_over,
-    prefetch_tile,
-    read_tile,
     ring,
     store_rows,
     weights_of,

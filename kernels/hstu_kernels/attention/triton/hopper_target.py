@@ -17,7 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hstu_kernels.attention.triton.hopper_forward import GROUP_ROWS, ring, silu_of, snake, store_rows, weights_of
+from hstu_kernels.attention.triton.hopper_fetch import snake
+from hstu_kernels.attention.triton.hopper_pieces import GROUP_ROWS, ring, silu_of, store_rows, weights_of
 from hstu_kernels.attention.triton.hopper_target_fetch import fetch, read_item, slot_of
 
 

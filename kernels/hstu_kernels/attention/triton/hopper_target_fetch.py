@@ -4,7 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hstu_kernels.attention.triton.hopper_forward import GROUP_ROWS, snake
+from hstu_kernels.attention.triton.hopper_fetch import snake
+from hstu_kernels.attention.triton.hopper_pieces import GROUP_ROWS
 from hstu_kernels.attention.triton.target_sums import FIELDS
 
 _FIELDS = gl.constexpr(FIELDS)
