@@ -2,6 +2,8 @@
 
 from benchmarks.stages.patching import Edit, Stage
 
+# The kernel, the list with the warp that fetches, and what the kernels for Hopper share.
+_KERNEL, _FETCH, _PIECES = "hopper_forward", "hopper_fetch", "hopper_pieces"
 # Beyond every row of a sequence, which the compiler cannot know.
 NOWHERE = "(1 << 30)"
 # Assembly with a side effect: what it is given is computed although nobody reads it.
@@ -18,9 +20,7 @@ def distances(down: str, across: str) -> str:
     return f"({down}.to(tl.float32)[:, None] - {across}.to(tl.float32)[None, :])"
 
 
-def without_copies(module: str, before: str, *, copies: int, expected: int) -> tuple[Edit, ...]:
-    """The warp that fetches arrives at its barriers and copies nothing; ``before``: the function to stand in front."""
-    helpers = """@gluon.jit
+_FETCH_HELPERS = """@gluon.jit
 def _no_copy(desc, place, bar, buffer):
     pass
 
@@ -31,15 +31,15 @@ def _arrive(bar, size):
 
 
 """
-    return (
-        Edit(module=module, old="tma.async_copy_global_to_shared(", new="_no_copy(", count=copies),
-        Edit(module=module, old="mbarrier.expect(", new="_arrive(", count=expected),
-        Edit(module=module, old=before, new=helpers + before),
-    )
-
-
+_FETCH_BEGIN = "@gluon.jit\ndef snake("
+# The warp that fetches arrives at its barriers and copies nothing.
+HOPPER_COPIES = (
+    Edit(module=_FETCH, old="tma.async_copy_global_to_shared(", new="_no_copy(", count=4),
+    Edit(module=_FETCH, old="mbarrier.expect(", new="_arrive(", count=3),
+    Edit(module=_FETCH, old=_FETCH_BEGIN, new=_FETCH_HELPERS + _FETCH_BEGIN),
+)
 HOPPER_SILU = Edit(
-    module="hopper_pieces",
+    module=_PIECES,
     old="""    half = logits * half_alpha
     tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1)
     return half * tanh + half""",
@@ -51,9 +51,7 @@ SILU = Edit(
         value = half * _tanh(half) + half""",
     new="        value = x * (0.5 * factor)",
 )
-HOPPER_MASK = Edit(
-    module="hopper_pieces", old="    if edge:\n        cols = begin", new="    if False:\n        cols = begin"
-)
+HOPPER_MASK = Edit(module=_PIECES, old="    if edge:\n        cols = begin", new="    if False:\n        cols = begin")
 MASK = Edit(
     module="forward",
     old="    if edge:\n        weights = tl.where(",
@@ -64,8 +62,6 @@ STORES = Edit(
     old="inside = (row[:, None] < seq_len - begin) & (column[None, :] < WIDTH)",
     new=f"inside = (row[:, None] < seq_len - begin - {NOWHERE}) & (column[None, :] < WIDTH)",
 )
-# The kernel, the list with the warp that fetches, and what the kernels for Hopper share.
-_KERNEL, _FETCH, _PIECES = "hopper_forward", "hopper_fetch", "hopper_pieces"
 _INDENT = " " * 16
 _COPIED = "tma.async_copy_shared_to_global(out_desc, [start.to(gl.int32) + row, head * D], staged)"
 _STAGED = """    # What was staged before has been read.
@@ -97,8 +93,7 @@ _ONE_TILE = (
         Edit(module=module, old="turns = (items + programs - 1) // programs * 2", new="turns = items * 0 + 1")
         for module in (_KERNEL, _FETCH)
     ),
-    Edit(module=_FETCH, old="(q_desc, [first + row, column]", new="(q_desc, [first, column]"),
-    Edit(module=_FETCH, old="second_row = first + row + GROUP_ROWS", new="second_row = first + GROUP_ROWS"),
+    Edit(module=_FETCH, old="start, row, head, q_head_stride", new="start, 0, head, q_head_stride"),
     Edit(module=_FETCH, old="begin = first + i * BLOCK_N", new="begin = first + (i * BLOCK_N) % _length"),
 )
 _NEXT_FIRST = """coming = warpgroup_mma(
@@ -120,7 +115,7 @@ STAGES = (
     Stage(name="tiles' ends (all blocks of a program in one tile)", edits=_ONE_TILE, visible=False),
     Stage(name="SiLU", edits=(HOPPER_SILU,)),
     Stage(name="mask of the diagonal", edits=(HOPPER_MASK,)),
-    Stage(name="fetching", edits=without_copies(_FETCH, "@gluon.jit\ndef snake(", copies=4, expected=3)),
+    Stage(name="fetching", edits=HOPPER_COPIES),
     Stage(
         name="first product",
         edits=(

@@ -1,6 +1,6 @@
-"""Stages of cached scoring by the kernel for Hopper (`hopper_target`, `hopper_target_fetch`)."""
+"""Stages of cached scoring by the kernel for Hopper (`hopper_target`, and `hopper_fetch`, whose copies it shares)."""
 
-from benchmarks.stages.forward_stages import HOPPER_MASK, HOPPER_SILU, NO_COPIES_OUT, NOWHERE, kept, without_copies
+from benchmarks.stages.forward_stages import HOPPER_COPIES, HOPPER_MASK, HOPPER_SILU, NO_COPIES_OUT, NOWHERE, kept
 from benchmarks.stages.patching import Edit, Stage
 
 _KERNEL = "hopper_target"
@@ -35,10 +35,7 @@ STAGES = (
     Stage(name="SiLU", edits=(HOPPER_SILU,)),
     Stage(name="own product", edits=(_HELPER, Edit(module=_KERNEL, old=_OWN, new=_NO_OWN, count=2))),
     Stage(name="mask of the history's end", edits=(HOPPER_MASK,)),
-    Stage(
-        name="fetching",
-        edits=without_copies("hopper_target_fetch", "@gluon.jit\ndef slot_of(", copies=4, expected=3),
-    ),
+    Stage(name="fetching", edits=HOPPER_COPIES),
     Stage(
         name="first product",
         edits=(

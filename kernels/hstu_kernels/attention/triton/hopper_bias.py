@@ -169,14 +169,14 @@ def _positions(row, begin, length, pos_ptr, REACH: gl.constexpr, LAYOUT: gl.cons
 
 
 @gluon.jit
-def block_class(row, begin, length, row_span, key_span, time_ptr, BUCKETS: gl.constexpr):
+def block_class(rows, begin, key_span, time_ptr, BUCKETS: gl.constexpr):
     """What the times of a block's corners say: its lowest bucket and how many more it may span, the lowest bucket's
     entry, and the low half of the earliest key's time.
 
-    More than _UNKNOWN: no look-up by low halves. Of a block that nobody sees: one bucket.
+    More than _UNKNOWN: no look-up by low halves. Of a block that nobody sees: one bucket. ``rows``: as `block_bias`.
     """
+    row, _start, length, row_low, row_high, _row_times = rows
     if BUCKETS > 0:
-        row_low, row_high = row_span
         key_low, key_high = key_span
         lowest, more = bucket_range(row_low, row_high, key_low, key_high, BUCKETS)
         is_wide = (more > _FEW) & (_is_narrow(row_low, row_high, key_low, key_high) == 0)
@@ -191,23 +191,13 @@ def block_class(row, begin, length, row_span, key_span, time_ptr, BUCKETS: gl.co
 
 
 @gluon.jit
-def block_bias(
-    row,
-    begin,
-    start,
-    length,
-    known,
-    row_high,
-    row_times,
-    tables,
-    REACH: gl.constexpr,
-    BUCKETS: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """The bias of rows from ``row`` and keys from ``begin`` on, ``[64, 64]``; something finite where all is hidden.
+def block_bias(rows, begin, known, tables, REACH: gl.constexpr, BUCKETS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The bias of ``rows`` and keys from ``begin`` on, ``[64, 64]``; something finite where all is hidden.
 
-    ``known``: the `block_class`. ``row_high``, ``row_times [64]``: the latest time and the `low_times` of the rows.
+    ``rows``: the first one, the sequence's start and length, the rows' earliest and latest time and their `low_times`.
+    ``known``: the `block_class`.
     """
+    row, start, length, _row_low, row_high, row_times = rows
     pos_ptr, time_ptr, bounds_ptr, _, key_times_ptr = tables
     lowest, more, entry, base = known
     if REACH >= 0:
@@ -219,12 +209,12 @@ def block_bias(
         elif more <= _FEW:
             keys = low_times(key_times_ptr, start, begin, length, gl.SliceLayout(0, LAYOUT)) - base
             keys = gl.expand_dims(keys, 0)
-            rows = gl.expand_dims(row_times - base, 1)
+            later = gl.expand_dims(row_times - base, 1)
             farthest = row_high.to(gl.int32) - base
             if more == 1:
-                rab = _few_buckets(rows, keys, farthest, lowest, entry, time_ptr, bounds_ptr, 1, BUCKETS)
+                rab = _few_buckets(later, keys, farthest, lowest, entry, time_ptr, bounds_ptr, 1, BUCKETS)
             else:
-                rab = _few_buckets(rows, keys, farthest, lowest, entry, time_ptr, bounds_ptr, _FEW, BUCKETS)
+                rab = _few_buckets(later, keys, farthest, lowest, entry, time_ptr, bounds_ptr, _FEW, BUCKETS)
         elif more <= _UNKNOWN:
             keys = low_times(key_times_ptr, start, begin, length, gl.SliceLayout(0, LAYOUT))
             rab = _looked_up(gl.expand_dims(row_times, 1), gl.expand_dims(keys, 0), time_ptr, bounds_ptr, BUCKETS)

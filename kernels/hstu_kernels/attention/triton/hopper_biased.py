@@ -8,7 +8,6 @@ Sums add up in the order of `hstu_fwd_kernel`.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -16,13 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hstu_kernels.attention.triton.hopper_bias import block_bias, block_class, low_times, read_span
-from hstu_kernels.attention.triton.hopper_fetch import fetch_blocks, prefetch_tile, read_tile
+from hstu_kernels.attention.triton.hopper_fetch import TILES_AHEAD, fetch_blocks, prefetch_tile, read_tile
 from hstu_kernels.attention.triton.hopper_pieces import (
     GROUP_ROWS,
+    allocate,
     clear_behind,
     last_seen_by,
     pass_over,
-    ring,
     store_rows,
     weights_of,
 )
@@ -31,18 +30,17 @@ _BLOCK_N = gl.constexpr(64)
 
 
 @gluon.jit
-def _class_of(block, seen, row, start, length, row_span, key_spans_ptr, time_ptr, BUCKETS: gl.constexpr):
-    """Where a block begins and its `block_class`; of what lies behind the last one nothing is seen."""
+def _block_at(block, seen, rows, key_spans_ptr, BUCKETS: gl.constexpr):
+    """Where a block begins and the span of its times; of what lies behind the last one nothing is seen."""
+    row, start, length, _row_low, _row_high, _row_times = rows
     begin = gl.where(block < seen, block * _BLOCK_N, row + GROUP_ROWS)
-    span = read_span(key_spans_ptr, start, begin, length, BUCKETS)
-    return begin, block_class(row, begin, length, row_span, span, time_ptr, BUCKETS)
+    return begin, read_span(key_spans_ptr, start, begin, length, BUCKETS)
 
 
 @gluon.jit
 def _multiply(
     group: gl.constexpr,
-    out_ptr,
-    out_desc,
+    out,
     work_ptr,
     tables,
     spans,
@@ -77,16 +75,17 @@ def _multiply(
             seen = gl.minimum(blocks, row // _BLOCK_N + 1)
         if blocks > 0:
             prefetch_tile(work_ptr, turn + 1, items, HEADS)
-            row_span = read_span(row_spans_ptr, start, row, length, BUCKETS)
+            row_low, row_high = read_span(row_spans_ptr, start, row, length, BUCKETS)
             if BUCKETS > 0:
                 row_times = low_times(tables[3], start, row, length, gl.SliceLayout(1, S_LAYOUT))
             else:
                 row_times = gl.zeros([GROUP_ROWS], gl.int32, gl.SliceLayout(1, S_LAYOUT))
-            begin, known = _class_of(0, seen, row, start, length, row_span, key_spans_ptr, tables[1], BUCKETS)
-            bias = block_bias(
-                row, begin, start, length, known, row_span[1], row_times, tables, REACH, BUCKETS, S_LAYOUT
-            )
-            begin, known = _class_of(1, seen, row, start, length, row_span, key_spans_ptr, tables[1], BUCKETS)
+            rows = (row, start, length, row_low, row_high, row_times)
+            begin, span = _block_at(0, seen, rows, key_spans_ptr, BUCKETS)
+            known = block_class(rows, begin, span, tables[1], BUCKETS)
+            bias = block_bias(rows, begin, known, tables, REACH, BUCKETS, S_LAYOUT)
+            begin, span = _block_at(1, seen, rows, key_spans_ptr, BUCKETS)
+            known = block_class(rows, begin, span, tables[1], BUCKETS)
             last_seen = last_seen_by(row, S_LAYOUT)
             place = tiles % 2
             mbarrier.wait(q_full.index(place), (tiles // 2) & 1)
@@ -95,14 +94,11 @@ def _multiply(
             slot = used % STAGES
             mbarrier.wait(k_full.index(slot), (used // STAGES) & 1)
             coming = warpgroup_mma(q, k_buffer.index(slot).permute((1, 0)), bias, is_async=True)
-            bias = block_bias(
-                row, begin, start, length, known, row_span[1], row_times, tables, REACH, BUCKETS, S_LAYOUT
-            )
-            next_begin = gl.where(seen > 2, 2 * _BLOCK_N, row + GROUP_ROWS)
-            next_span = read_span(key_spans_ptr, start, next_begin, length, BUCKETS)
+            bias = block_bias(rows, begin, known, tables, REACH, BUCKETS, S_LAYOUT)
+            begin, span = _block_at(2, seen, rows, key_spans_ptr, BUCKETS)
             logits = warpgroup_mma_wait(0, deps=(coming,))
             mbarrier.arrive(k_free.index(slot), count=1)
-            known = block_class(row, next_begin, length, row_span, next_span, tables[1], BUCKETS)
+            known = block_class(rows, begin, span, tables[1], BUCKETS)
             p = weights_of(logits, 0, last_seen, half_alpha, row == 0, P_LAYOUT, DTYPE)
             acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
             for i in range(1, seen):
@@ -113,15 +109,12 @@ def _multiply(
                 coming = warpgroup_mma(q, keys, bias, is_async=True)
                 mbarrier.wait(v_full.index(slot), (used // STAGES) & 1)
                 growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
-                begin = next_begin
-                next_begin = gl.where(i + 2 < seen, (i + 2) * _BLOCK_N, row + GROUP_ROWS)
-                next_span = read_span(key_spans_ptr, start, next_begin, length, BUCKETS)
-                bias = block_bias(
-                    row, begin, start, length, known, row_span[1], row_times, tables, REACH, BUCKETS, S_LAYOUT
-                )
+                next_begin, span = _block_at(i + 2, seen, rows, key_spans_ptr, BUCKETS)
+                bias = block_bias(rows, begin, known, tables, REACH, BUCKETS, S_LAYOUT)
                 logits = warpgroup_mma_wait(1, deps=(coming,))
                 mbarrier.arrive(k_free.index(next_slot), count=1)
-                known = block_class(row, next_begin, length, row_span, next_span, tables[1], BUCKETS)
+                known = block_class(rows, next_begin, span, tables[1], BUCKETS)
+                begin = next_begin
                 own = i * _BLOCK_N
                 following = weights_of(logits, own, last_seen, half_alpha, own >= row, P_LAYOUT, DTYPE)
                 acc = warpgroup_mma_wait(0, deps=(growing,))
@@ -141,50 +134,8 @@ def _multiply(
             growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(growing,))
             mbarrier.arrive(v_free.index(slot), count=1)
-            store_rows(out_ptr, out_desc, o_buffer.index(group), acc, scale, head, start, row, length, HEADS, D)
+            store_rows(out, o_buffer.index(group), acc, scale, head, start, row, length, HEADS, D)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _first_group(
-    out_ptr,
-    out_desc,
-    work_ptr,
-    tables,
-    spans,
-    buffers,
-    barriers,
-    numbers,
-    HEADS: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-    REACH: gl.constexpr,
-    BUCKETS: gl.constexpr,
-):
-    _multiply(
-        0, out_ptr, out_desc, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS
-    )
-
-
-@gluon.jit
-def _second_group(
-    out_ptr,
-    out_desc,
-    work_ptr,
-    tables,
-    spans,
-    buffers,
-    barriers,
-    numbers,
-    HEADS: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-    REACH: gl.constexpr,
-    BUCKETS: gl.constexpr,
-):
-    _multiply(
-        1, out_ptr, out_desc, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS
-    )
 
 
 @gluon.jit(do_not_specialize=["items", "alpha", "scale"])
@@ -219,60 +170,22 @@ def hopper_biased_kernel(
     ``work_ptr``: pairs of tiles of 128 rows, under a plain mask and without targets. REACH and
     BUCKETS as in `KernelShape`; spans are those of 64 rows and of 64 keys.
     """
-    # Two tiles of two groups.
-    q_buffer = gl.allocate_shared_memory(q_desc.dtype, [4, GROUP_ROWS, D], q_desc.layout)
-    k_buffer = gl.allocate_shared_memory(k_desc.dtype, [STAGES, _BLOCK_N, D], k_desc.layout)
-    v_buffer = gl.allocate_shared_memory(v_desc.dtype, [STAGES, _BLOCK_N, D], v_desc.layout)
-    # Results on their way to the copy engine.
-    o_buffer = gl.allocate_shared_memory(q_desc.dtype, [2, GROUP_ROWS, D], q_desc.layout)
-    q_full, q_free = ring(2, 1), ring(2, 2)
-    k_full, k_free = ring(STAGES, 1), ring(STAGES, 2)
-    v_full, v_free = ring(STAGES, 1), ring(STAGES, 2)
-    fence_async_shared()
-    buffers = (q_buffer, k_buffer, v_buffer, o_buffer)
-    barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
+    buffers, barriers = allocate(q_desc, k_desc, v_desc, TILES_AHEAD, 2, _BLOCK_N, STAGES)
     descriptors = (q_desc, k_desc, v_desc)
     strides = (q_head_stride, k_head_stride, v_head_stride)
     tables = (pos_ptr, time_ptr, bounds_ptr, row_times_ptr, key_times_ptr)
     spans = (row_spans_ptr, key_spans_ptr)
     numbers = (items, alpha, scale)
+    out = (out_ptr, out_desc)
     gl.warp_specialize(
         [
             (
-                _first_group,
-                (
-                    out_ptr,
-                    out_desc,
-                    work_ptr,
-                    tables,
-                    spans,
-                    buffers,
-                    barriers,
-                    numbers,
-                    HEADS,
-                    D,
-                    STAGES,
-                    REACH,
-                    BUCKETS,
-                ),
+                _multiply,
+                (0, out, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS),
             ),
             (
-                _second_group,
-                (
-                    out_ptr,
-                    out_desc,
-                    work_ptr,
-                    tables,
-                    spans,
-                    buffers,
-                    barriers,
-                    numbers,
-                    HEADS,
-                    D,
-                    STAGES,
-                    REACH,
-                    BUCKETS,
-                ),
+                _multiply,
+                (1, out, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS),
             ),
             (fetch_blocks, (work_ptr, descriptors, strides, buffers, barriers, items, HEADS, _BLOCK_N, STAGES)),
         ],

@@ -4,11 +4,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hstu_kernels.attention.triton.hopper_pieces import GROUP_ROWS
+from hstu_kernels.attention.triton.hopper_pieces import GROUP_ROWS, slot_of
 from hstu_kernels.attention.triton.schedule import PAIR_LINE, PAIR_ROWS
 
 _LINE = gl.constexpr(PAIR_LINE)
 _TILE_ROWS = gl.constexpr(PAIR_ROWS // 2)
+# Whose q lie in shared memory at a time: a tile's and the next one's.
+TILES_AHEAD = gl.constexpr(2)
 
 
 @gluon.jit
@@ -66,6 +68,41 @@ def prefetch_tile(work_ptr, turn, items, HEADS: gl.constexpr):
 
 
 @gluon.jit
+def fetch_rows(q_desc, start, row, head, stride, tiles, buffers, barriers, TILES: gl.constexpr):
+    """Have q of a tile, number ``tiles`` of all, fetched from ``row`` of a sequence on: 64 rows for each group."""
+    q_buffer, q_full, q_free = buffers[0], barriers[0], barriers[1]
+    place, phase = slot_of(tiles, TILES)
+    q_bar = q_full.index(place)
+    mbarrier.wait(q_free.index(place), phase ^ 1)
+    mbarrier.expect(q_bar, 2 * q_desc.block_type.nbytes)
+    column = head * stride
+    first = start.to(gl.int32) + row
+    tma.async_copy_global_to_shared(q_desc, [first, column], q_bar, q_buffer.index(2 * place))
+    tma.async_copy_global_to_shared(q_desc, [first + GROUP_ROWS, column], q_bar, q_buffer.index(2 * place + 1))
+
+
+@gluon.jit
+def fetch_block(source, row, head, fetched, buffers, barriers, STAGES: gl.constexpr):
+    """Have keys and values of a block, number ``fetched`` of all, fetched from ``row`` on.
+
+    ``source``: descriptors of both, and strides of their heads.
+    """
+    k_desc, v_desc, k_stride, v_stride = source
+    k_buffer, v_buffer = buffers[1], buffers[2]
+    _q_full, _q_free, k_full, k_free, v_full, v_free = barriers
+    slot, phase = slot_of(fetched, STAGES)
+    before = phase ^ 1
+    k_bar = k_full.index(slot)
+    mbarrier.wait(k_free.index(slot), before)
+    mbarrier.expect(k_bar, k_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [row, head * k_stride], k_bar, k_buffer.index(slot))
+    v_bar = v_full.index(slot)
+    mbarrier.wait(v_free.index(slot), before)
+    mbarrier.expect(v_bar, v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(v_desc, [row, head * v_stride], v_bar, v_buffer.index(slot))
+
+
+@gluon.jit
 def fetch_blocks(
     work_ptr,
     descriptors,
@@ -81,8 +118,7 @@ def fetch_blocks(
     program, programs = gl.program_id(0), gl.num_programs(0)
     q_desc, k_desc, v_desc = descriptors
     q_head_stride, k_head_stride, v_head_stride = strides
-    q_buffer, k_buffer, v_buffer, _o_buffer = buffers
-    q_full, q_free, k_full, k_free, v_full, v_free = barriers
+    source = (k_desc, v_desc, k_head_stride, v_head_stride)
     turns = (items + programs - 1) // programs * 2
     fetched = program * 0
     tiles = program * 0
@@ -91,26 +127,10 @@ def fetch_blocks(
         coming = read_tile(work_ptr, turn + 1, items, HEADS, BLOCK_N)
         first = start.to(gl.int32)
         if blocks > 0:
-            place = tiles % 2
-            q_bar = q_full.index(place)
-            mbarrier.wait(q_free.index(place), ((tiles // 2) & 1) ^ 1)
-            mbarrier.expect(q_bar, 2 * q_desc.block_type.nbytes)
-            column = head * q_head_stride
-            tma.async_copy_global_to_shared(q_desc, [first + row, column], q_bar, q_buffer.index(2 * place))
-            second_row = first + row + GROUP_ROWS
-            tma.async_copy_global_to_shared(q_desc, [second_row, column], q_bar, q_buffer.index(2 * place + 1))
+            fetch_rows(q_desc, start, row, head, q_head_stride, tiles, buffers, barriers, TILES_AHEAD)
             tiles += 1
             for i in range(blocks):
                 begin = first + i * BLOCK_N
-                slot = fetched % STAGES
-                phase = ((fetched // STAGES) & 1) ^ 1
-                k_bar = k_full.index(slot)
-                mbarrier.wait(k_free.index(slot), phase)
-                mbarrier.expect(k_bar, k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(k_desc, [begin, head * k_head_stride], k_bar, k_buffer.index(slot))
-                v_bar = v_full.index(slot)
-                mbarrier.wait(v_free.index(slot), phase)
-                mbarrier.expect(v_bar, v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(v_desc, [begin, head * v_head_stride], v_bar, v_buffer.index(slot))
+                fetch_block(source, begin, head, fetched, buffers, barriers, STAGES)
                 fetched += 1
         head, start, _length, row, blocks = coming

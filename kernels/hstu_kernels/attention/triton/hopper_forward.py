@@ -9,21 +9,20 @@ issued with the last of this one, and the copy engine takes results away. Sums a
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from hstu_kernels.attention.triton.hopper_fetch import fetch_blocks, prefetch_tile, read_blocks, read_tile
+from hstu_kernels.attention.triton.hopper_fetch import TILES_AHEAD, fetch_blocks, prefetch_tile, read_blocks, read_tile
 from hstu_kernels.attention.triton.hopper_pieces import (
     GROUP_ROWS,
+    allocate,
     clear_behind,
     exact_weights_of,
     last_seen_by,
     pass_over,
-    ring,
     store_rows,
     weights_of,
 )
@@ -38,14 +37,11 @@ def _packed(weights):
 @gluon.jit
 def _multiply(
     group: gl.constexpr,
-    out_ptr,
-    out_desc,
+    out,
     work_ptr,
     buffers,
     barriers,
-    items,
-    alpha,
-    scale,
+    numbers,
     HEADS: gl.constexpr,
     D: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -58,6 +54,7 @@ def _multiply(
     program, programs = gl.program_id(0), gl.num_programs(0)
     q_buffer, k_buffer, v_buffer, o_buffer = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
+    items, alpha, scale = numbers
     DTYPE: gl.constexpr = q_buffer.dtype
     half_alpha = alpha * 0.5
     nothing = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
@@ -149,46 +146,10 @@ def _multiply(
                 growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(growing,))
             mbarrier.arrive(v_free.index(slot), count=1)
-            store_rows(out_ptr, out_desc, o_buffer.index(group), acc, scale, head, start, row, length, HEADS, D)
+            store_rows(out, o_buffer.index(group), acc, scale, head, start, row, length, HEADS, D)
             used = ahead
             tile, blocks = coming_tile, coming_blocks
         tma.store_wait(0)
-
-
-@gluon.jit
-def _first_group(
-    out_ptr,
-    out_desc,
-    work_ptr,
-    buffers,
-    barriers,
-    items,
-    alpha,
-    scale,
-    HEADS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    _multiply(0, out_ptr, out_desc, work_ptr, buffers, barriers, items, alpha, scale, HEADS, D, BLOCK_N, STAGES)
-
-
-@gluon.jit
-def _second_group(
-    out_ptr,
-    out_desc,
-    work_ptr,
-    buffers,
-    barriers,
-    items,
-    alpha,
-    scale,
-    HEADS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    _multiply(1, out_ptr, out_desc, work_ptr, buffers, barriers, items, alpha, scale, HEADS, D, BLOCK_N, STAGES)
 
 
 @gluon.jit(do_not_specialize=["items", "alpha", "scale"])
@@ -214,30 +175,15 @@ def hopper_fwd_kernel(
 
     ``work_ptr``: pairs of tiles of 128 rows, under a plain mask and without targets.
     """
-    # Two tiles of two groups.
-    q_buffer = gl.allocate_shared_memory(q_desc.dtype, [4, GROUP_ROWS, D], q_desc.layout)
-    k_buffer = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
-    v_buffer = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
-    # Results on their way to the copy engine.
-    o_buffer = gl.allocate_shared_memory(q_desc.dtype, [2, GROUP_ROWS, D], q_desc.layout)
-    q_full, q_free = ring(2, 1), ring(2, 2)
-    k_full, k_free = ring(STAGES, 1), ring(STAGES, 2)
-    v_full, v_free = ring(STAGES, 1), ring(STAGES, 2)
-    fence_async_shared()
-    buffers = (q_buffer, k_buffer, v_buffer, o_buffer)
-    barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
+    buffers, barriers = allocate(q_desc, k_desc, v_desc, TILES_AHEAD, 2, BLOCK_N, STAGES)
     descriptors = (q_desc, k_desc, v_desc)
     strides = (q_head_stride, k_head_stride, v_head_stride)
+    numbers = (items, alpha, scale)
+    out = (out_ptr, out_desc)
     gl.warp_specialize(
         [
-            (
-                _first_group,
-                (out_ptr, out_desc, work_ptr, buffers, barriers, items, alpha, scale, HEADS, D, BLOCK_N, STAGES),
-            ),
-            (
-                _second_group,
-                (out_ptr, out_desc, work_ptr, buffers, barriers, items, alpha, scale, HEADS, D, BLOCK_N, STAGES),
-            ),
+            (_multiply, (0, out, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES)),
+            (_multiply, (1, out, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES)),
             (fetch_blocks, (work_ptr, descriptors, strides, buffers, barriers, items, HEADS, BLOCK_N, STAGES)),
         ],
         [4, 1],

@@ -20,6 +20,33 @@ def ring(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def allocate(
+    q_desc, k_desc, v_desc, TILES: gl.constexpr, RESULTS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+):
+    """Shared memory of a program, and of q, k and v the barriers that say a slot is full, and that it is free again.
+
+    TILES: whose q lie there at a time, for two groups each. RESULTS: 64 rows each, on their way to the copy engine.
+    """
+    D: gl.constexpr = q_desc.block_type.shape[1]
+    q_buffer = gl.allocate_shared_memory(q_desc.dtype, [2 * TILES, GROUP_ROWS, D], q_desc.layout)
+    k_buffer = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
+    v_buffer = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
+    o_buffer = gl.allocate_shared_memory(q_desc.dtype, [RESULTS, GROUP_ROWS, D], q_desc.layout)
+    # Full is what the one warp fetched, free what both groups read.
+    q_full, q_free = ring(TILES, 1), ring(TILES, 2)
+    k_full, k_free = ring(STAGES, 1), ring(STAGES, 2)
+    v_full, v_free = ring(STAGES, 1), ring(STAGES, 2)
+    fence_async_shared()
+    return (q_buffer, k_buffer, v_buffer, o_buffer), (q_full, q_free, k_full, k_free, v_full, v_free)
+
+
+@gluon.jit
+def slot_of(used, STAGES: gl.constexpr):
+    """Where the block that is number ``used`` of all lies in a ring, and the phase of the slot's barriers."""
+    return used % STAGES, (used // STAGES) & 1
+
+
+@gluon.jit
 def silu_of(logits, half_alpha):
     """SiLU of ``alpha * logits``."""
     half = logits * half_alpha
@@ -68,20 +95,12 @@ def last_seen_by(row, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(
-    out_ptr,
-    out_desc,
-    staged,
-    acc,
-    scale,
-    head,
-    start,
-    row,
-    length,
-    HEADS: gl.constexpr,
-    D: gl.constexpr,
-):
-    """The rows of a group from ``row`` on, by way of ``staged [64, D]``; by the copy engine where all of them exist."""
+def store_rows(out, staged, acc, scale, head, start, row, length, HEADS: gl.constexpr, D: gl.constexpr):
+    """The rows of a group from ``row`` on, by way of ``staged [64, D]``; by the copy engine where all of them exist.
+
+    ``out``: where they go, as a pointer and as a descriptor.
+    """
+    out_ptr, out_desc = out
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     # What was staged before has been read.
     tma.store_wait(0)

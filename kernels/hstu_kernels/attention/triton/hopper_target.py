@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hstu_kernels.attention.triton.hopper_fetch import snake
-from hstu_kernels.attention.triton.hopper_pieces import GROUP_ROWS, ring, silu_of, store_rows, weights_of
-from hstu_kernels.attention.triton.hopper_target_fetch import fetch, read_item, slot_of
+from hstu_kernels.attention.triton.hopper_pieces import GROUP_ROWS, allocate, silu_of, slot_of, store_rows, weights_of
+from hstu_kernels.attention.triton.hopper_target_fetch import TILES_AHEAD, fetch, read_item
 
 
 # Not one with the forward's: with this text behind it the forward's loop is scheduled anew, and was slower in the one
@@ -94,8 +94,7 @@ def _store_sums(out_ptr, acc, place, left, head, HEADS: gl.constexpr):
 @gluon.jit
 def _multiply(
     group: gl.constexpr,
-    out_ptr,
-    out_desc,
+    out,
     work_ptr,
     buffers,
     barriers,
@@ -115,7 +114,10 @@ def _multiply(
     OWN: gl.constexpr = group * 64
     program, programs = gl.program_id(0), gl.num_programs(0)
     pieces, piece_blocks, total_rows, alpha, scale = numbers
-    q_buffer, k_buffer, v_buffer, totals, o_buffer = buffers
+    q_buffer, k_buffer, v_buffer, o_buffer = buffers
+    # Rows eight floats apart in turn: eight rows of a warp's store meet different banks.
+    TOTALS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    totals = o_buffer._reinterpret(gl.float32, [2, GROUP_ROWS, D], TOTALS)
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     DTYPE: gl.constexpr = q_buffer.dtype
     half_alpha = alpha * 0.5
@@ -134,7 +136,7 @@ def _multiply(
                 work_ptr, item, lines, piece_blocks, HEADS, BLOCK_N
             )
             if (piece == 0) | (blocks > 0):
-                mbarrier.wait(q_full, tiles & 1)
+                mbarrier.wait(q_full.index(0), tiles & 1)
                 tiles += 1
                 if blocks > 0:
                     if piece == 0:
@@ -176,7 +178,7 @@ def _multiply(
                             acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
                         p = following
                         used = ahead
-                    mbarrier.arrive(q_free, count=1)
+                    mbarrier.arrive(q_free.index(0), count=1)
                     slot, phase = slot_of(used, STAGES)
                     mbarrier.wait(v_full.index(slot), phase)
                     # Read once more: through the loop over keys these would hold registers.
@@ -195,50 +197,16 @@ def _multiply(
                     own = _start_logits(q, used, OWN, k_buffer, k_full, nothing_own, STAGES)
                     own = warpgroup_mma_wait(0, deps=(own,))
                     mbarrier.arrive(k_free.index(used % STAGES), count=1)
-                    mbarrier.arrive(q_free, count=1)
+                    mbarrier.arrive(q_free.index(0), count=1)
                     acc = _own_terms(own, used, OWN, v_buffer, v_full, v_free, half_alpha, O_LAYOUT, STAGES)
                     used += 1
                 row += group * GROUP_ROWS
-                if out_ptr.dtype.element_ty == DTYPE:
+                if out[0].dtype.element_ty == DTYPE:
                     staged = o_buffer.index(2 * group)
-                    store_rows(out_ptr, out_desc, staged, acc, scale, head, start, row, length, HEADS, D)
+                    store_rows(out, staged, acc, scale, head, start, row, length, HEADS, D)
                 else:
-                    _store_sums(out_ptr, acc, piece.to(gl.int64) * total_rows + start + row, length - row, head, HEADS)
+                    _store_sums(out[0], acc, piece.to(gl.int64) * total_rows + start + row, length - row, head, HEADS)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _first_group(
-    out_ptr,
-    out_desc,
-    work_ptr,
-    buffers,
-    barriers,
-    numbers,
-    HEADS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    SPLIT_BLOCKS: gl.constexpr,
-):
-    _multiply(0, out_ptr, out_desc, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)
-
-
-@gluon.jit
-def _second_group(
-    out_ptr,
-    out_desc,
-    work_ptr,
-    buffers,
-    barriers,
-    numbers,
-    HEADS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    SPLIT_BLOCKS: gl.constexpr,
-):
-    _multiply(1, out_ptr, out_desc, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)
 
 
 @gluon.jit(do_not_specialize=["pieces", "piece_blocks", "total_rows", "alpha", "scale"])
@@ -272,33 +240,16 @@ def hopper_target_kernel(
     ``out [T, H, D]``, contiguous, or in float32 ``[pieces, T, H, D]``, with ``scale`` 1, for `hstu_target_sum_kernel`.
     SPLIT_BLOCKS: of a stretch. Pieces are stretches, or there is one with all of them: the same bits.
     """
-    q_buffer = gl.allocate_shared_memory(q_desc.dtype, [2, GROUP_ROWS, D], q_desc.layout)
-    k_buffer = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
-    v_buffer = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
-    # Rows eight floats apart in turn: eight rows of a warp's store meet different banks.
-    TOTALS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    # A group's result, half as large, on its way to the copy engine lies where its sums were.
-    o_buffer = gl.allocate_shared_memory(q_desc.dtype, [4, GROUP_ROWS, D], q_desc.layout)
-    totals = o_buffer._reinterpret(gl.float32, [2, GROUP_ROWS, D], TOTALS)
-    q_full, q_free = ring(1, 1).index(0), ring(1, 2).index(0)
-    k_full, k_free = ring(STAGES, 1), ring(STAGES, 2)
-    v_full, v_free = ring(STAGES, 1), ring(STAGES, 2)
-    fence_async_shared()
-    buffers = (q_buffer, k_buffer, v_buffer, totals, o_buffer)
-    barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
+    # Of results twice the memory: where one lies on its way to the copy engine its sums, in float32, were.
+    buffers, barriers = allocate(q_desc, k_desc, v_desc, TILES_AHEAD, 4, BLOCK_N, STAGES)
     descriptors = (q_desc, k_desc, v_desc, cache_k_desc, cache_v_desc)
     strides = (q_head_stride, k_head_stride, v_head_stride, cache_k_head_stride, cache_v_head_stride)
     numbers = (pieces, piece_blocks, total_rows, alpha, scale)
+    out = (out_ptr, out_desc)
     gl.warp_specialize(
         [
-            (
-                _first_group,
-                (out_ptr, out_desc, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS),
-            ),
-            (
-                _second_group,
-                (out_ptr, out_desc, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS),
-            ),
+            (_multiply, (0, out, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)),
+            (_multiply, (1, out, work_ptr, buffers, barriers, numbers, HEADS, D, BLOCK_N, STAGES, SPLIT_BLOCKS)),
             (fetch, (work_ptr, descriptors, strides, buffers, barriers, pieces, piece_blocks, HEADS, BLOCK_N, STAGES)),
         ],
         [4, 1],
