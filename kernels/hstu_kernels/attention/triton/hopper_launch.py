@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,27 +46,28 @@ def hopper_forward(
 
     Depends on what the host knows. Which kernel runs changes no bit (tested on CUDA).
     """
-    layout = plan.layout
-    tile = next((t for t in TILES.get(q.shape[2], ()) if layout.max_seq_len >= t.least), None)
-    if tile is None or v.shape[2] != q.shape[2]:
-        return None
-    if plan.ends is None:
-        # A plan put together from an operator's work lists has no list for this kernel, and no bound on the lengths.
-        return None
-    if plan.mask != AttentionMask() or layout.num_targets is not None or layout.contextual_seq_len:
-        return None
-    if q.dtype.itemsize != 2 or not q.is_cuda or not same_bits(q.get_device()) or not available():
-        return None
-    if any(x.shape[1] * x.stride(1) >= MOST_COLUMNS for x in (q, k, v)):
-        return None
-    if not fills(plan, q):
+    tile = next((t for t in TILES.get(q.shape[2], ()) if plan.layout.max_seq_len >= t.least), None)
+    if tile is None or not serves(q, k, v, plan):
         return None
     return HopperForward(q, plan, tile, alpha, scale)
 
 
-def fills(plan: TritonPlan, q: Tensor) -> bool:
-    """Whether programs that stay have enough pairs of tiles to share."""
-    pairs = list_length(plan.total_rows, plan.layout.batch_size, PAIR_ROWS) * q.shape[1]
+def serves(q: Tensor, k: Tensor, v: Tensor, plan: TritonPlan) -> bool:
+    """Whether kernels over pairs of tiles take calls like this one, of a width and a length that are for them."""
+    layout = plan.layout
+    if v.shape[2] != q.shape[2]:
+        return False
+    if plan.ends is None:
+        # A plan put together from an operator's work lists has no list for them, and no bound on the lengths.
+        return False
+    if plan.mask != AttentionMask() or layout.num_targets is not None or layout.contextual_seq_len:
+        return False
+    if q.dtype.itemsize != 2 or not q.is_cuda or not same_bits(q.get_device()) or not available():
+        return False
+    if any(x.shape[1] * x.stride(1) >= MOST_COLUMNS for x in (q, k, v)):
+        return False
+    # Programs that stay have enough pairs of tiles to share.
+    pairs = list_length(plan.total_rows, layout.batch_size, PAIR_ROWS) * q.shape[1]
     return pairs >= LEAST_TURNS * multiprocessors(q.get_device())
 
 
@@ -81,23 +83,55 @@ def available() -> bool:
     return True
 
 
-class HopperForward:
-    """The forward of one kind of calls on one plan.
+class PairLaunch:
+    """What launches of a kernel over a plan's pairs of tiles share: all but the call of which addresses alone are new.
 
     Args:
-        q: of such a call. alpha, scale: numbers of it.
+        kernel: takes ``out``, the list, what `first` is given besides, and descriptors of q, k, v and ``out``.
+        q: of such a call. block_n: keys of a block. alpha, scale: numbers of the call.
         programs: that stay and share the tiles; ``None``: one for each multiprocessor.
     """
 
     def __init__(
-        self, q: Tensor, plan: TritonPlan, tile: HopperTile, alpha: float, scale: float, programs: int | None = None
+        self,
+        kernel: Variant,
+        q: Tensor,
+        plan: TritonPlan,
+        block_n: int,
+        alpha: float,
+        scale: float,
+        programs: int | None,
     ) -> None:
-        self._tile, self._alpha, self._scale = tile, alpha, scale
+        self._kernel, self._block_n, self._alpha, self._scale = kernel, block_n, alpha, scale
         self._work = plan.pair_work()
         self._items = self._work.shape[0] * q.shape[1]
         self._programs = programs or min(self._items, multiprocessors(q.get_device()))
-        self._kernel = _variant(q.shape[1], q.shape[2], tile.block_n, tile.stages)
         self._ready: Ready | None = None
+
+    def first(self, inputs: tuple[Tensor, ...], others: tuple[Tensor | None, ...], out: Tensor, *, keep: bool) -> bool:
+        """Write ``out`` whatever its address and theirs; ``False`` where the copy engine cannot fetch the inputs.
+
+        ``keep``: the launch, for calls of other addresses.
+        """
+        fetched = descriptors((*inputs, out), (GROUP_ROWS, self._block_n, self._block_n, GROUP_ROWS))
+        if fetched is None:
+            return False
+        arrays: tuple[Argument, ...] = (out, self._work, *others, *fetched)
+        numbers = (self._items, *(x.stride(1) for x in inputs), self._alpha, self._scale)
+        self._kernel(self._programs, arrays, numbers)
+        if keep:
+            self._ready = self._kernel.ready(self._programs, arrays, numbers)
+        return True
+
+
+class HopperForward(PairLaunch):
+    """The forward of one kind of calls on one plan; arguments as of `PairLaunch`."""
+
+    def __init__(
+        self, q: Tensor, plan: TritonPlan, tile: HopperTile, alpha: float, scale: float, programs: int | None = None
+    ) -> None:
+        kernel = _variant(q.shape[1], q.shape[2], tile.block_n, tile.stages)
+        super().__init__(kernel, q, plan, tile.block_n, alpha, scale, programs)
 
     def launch(self, inputs: tuple[Tensor, ...], out: Tensor, *, direct: bool) -> bool:
         """Write ``out``; ``False`` where the copy engine cannot fetch the inputs.
@@ -110,30 +144,26 @@ class HopperForward:
             place = out.data_ptr()
             ready([place, self._work.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), place])
             return True
-        fetched = self._panels((*inputs, out))
-        if fetched is None:
-            return False
-        arrays: tuple[Argument, ...] = (out, self._work, *fetched)
-        numbers = (self._items, *(x.stride(1) for x in inputs), self._alpha, self._scale)
-        self._kernel(self._programs, arrays, numbers)
-        if direct:
-            self._ready = self._kernel.ready(self._programs, arrays, numbers)
-        return True
-
-    def _panels(self, arrays: tuple[Tensor, ...]) -> tuple[Panel, ...] | None:
-        found = []
-        for x, rows in zip(arrays, (GROUP_ROWS, self._tile.block_n, self._tile.block_n, GROUP_ROWS), strict=True):
-            plain = panels((x,), rows)
-            if plain is None:
-                return None
-            found.append(described(plain[0], rows, x))
-        return tuple(found)
+        return self.first(inputs, (), out, keep=direct)
 
 
-def described(panel: Panel, rows: int, x: Tensor) -> Panel:
-    """The panel of ``x [L, H, D]`` for blocks of ``rows``, with their layout in shared memory."""
-    layout = shared_layout(rows, x.shape[2], x.dtype)
-    return Panel(panel.base, panel.shape, panel.strides, panel.block_shape, layout)
+def descriptors(arrays: Sequence[Tensor | None], heights: Sequence[int]) -> list[Panel | None] | None:
+    """Panels of ``[L, H, D]`` arrays for blocks of so many rows each, with the layout of a block in shared memory.
+
+    What is ``None`` stays it. ``None`` for all where the copy engine cannot fetch one of them.
+    """
+    found: list[Panel | None] = []
+    for x, rows in zip(arrays, heights, strict=True):
+        if x is None:
+            found.append(None)
+            continue
+        plain = panels((x,), rows)
+        if plain is None:
+            return None
+        (panel,) = plain
+        layout = shared_layout(rows, x.shape[2], x.dtype)
+        found.append(Panel(panel.base, panel.shape, panel.strides, panel.block_shape, layout))
+    return found
 
 
 @functools.lru_cache(maxsize=64)

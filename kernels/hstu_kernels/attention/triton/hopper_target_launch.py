@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu_kernels.attention.triton.arguments import panels, same_bits
+from hstu_kernels.attention.triton.arguments import same_bits
 from hstu_kernels.attention.triton.hopper_launch import (
     BLOCK_M,
     GROUP_ROWS,
     MOST_COLUMNS,
     available,
-    described,
+    descriptors,
     multiprocessors,
 )
 from hstu_kernels.attention.triton.target_sums import FIELDS, hstu_target_list_kernel
@@ -115,21 +115,15 @@ class _Call:
         self._known = _ready_launches(kernel)
         ready = self._known.get(self._kind) if self._direct else None
         self._ready = None if ready is None or ready.watched() else ready
-        self._panels: list[Panel | None] = []
+        self._panels: Sequence[Panel | None] = ()
 
     def fetched(self) -> bool:
         """Whether the copy engine can fetch the inputs, and write the result."""
         if self._ready is not None:
             return True
-        for x, rows in zip(self._panelled, (GROUP_ROWS, *(BLOCK_N,) * 4, GROUP_ROWS), strict=True):
-            if x is None:
-                self._panels.append(None)
-                continue
-            plain = panels((x,), rows)
-            if plain is None:
-                return False
-            self._panels.append(described(plain[0], rows, x))
-        return True
+        found = descriptors(self._panelled, (GROUP_ROWS, *(BLOCK_N,) * 4, GROUP_ROWS))
+        self._panels = found or ()
+        return found is not None
 
     def launch(self) -> None:
         if self._ready is not None:
