@@ -18,8 +18,9 @@ from torch import Tensor
 from hstu_kernels import AttentionMask, JaggedLayout, RelativeBias, next_event_timestamps
 from hstu_kernels.attention.triton import plan_triton
 from hstu_kernels.attention.triton.launch import triton_attention
-from hstu_kernels.attention.triton.rab import block_bias, bucket_range, is_narrow, own_span
+from hstu_kernels.attention.triton.rab import block_bias, own_span
 from hstu_kernels.attention.triton.tiles import KernelShape, Tile, TileSet
+from hstu_kernels.attention.triton.time_buckets import bucket_range, is_narrow
 from hstu_kernels.bias import bucket_boundaries, time_buckets
 from hstu_kernels.testing import AttentionCase, AttentionInputs, BiasKind, assert_within_budget, make_inputs
 

@@ -17,7 +17,8 @@ from hstu_kernels.attention.triton.primitives import (
     silu_and_slope,
     visible,
 )
-from hstu_kernels.attention.triton.rab import block_bias, bucket_range, general_bucket, load_span, own_span
+from hstu_kernels.attention.triton.rab import block_bias, load_span, own_span
+from hstu_kernels.attention.triton.time_buckets import bucket_range, general_bucket
 
 
 @triton.jit

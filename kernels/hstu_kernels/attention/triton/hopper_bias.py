@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from hstu_kernels.attention.triton.assembly import constraints, diagonal_look_up
 
-# As in `rab`.
+# As in `time_buckets`.
 _BUCKETS_PER_OCTAVE = gl.constexpr(2.302814)
 _LAST_NARROW = gl.constexpr(71)
 _GUARD = gl.constexpr(1e-3)
@@ -66,7 +66,7 @@ def _log2(x):
 
 @gluon.jit
 def bucket_range(row_low, row_high, key_low, key_high, BUCKETS: gl.constexpr):
-    """As `rab.bucket_range`: the lowest bucket of a block, and how many more it may span."""
+    """As `time_buckets.bucket_range`: the lowest bucket of a block, and how many more it may span."""
     farthest = row_high - key_low
     # A difference that wraps around is negative.
     known = (row_low >= key_high) & (farthest >= 0) & (farthest < _OLDEST)
@@ -79,7 +79,7 @@ def bucket_range(row_low, row_high, key_low, key_high, BUCKETS: gl.constexpr):
 
 @gluon.jit
 def _is_narrow(row_low, row_high, key_low, key_high):
-    """As `rab.is_narrow`: whether every difference of times is below 2^31, and none of them wraps around."""
+    """As `time_buckets.is_narrow`: whether every difference of times is below 2^31, and none of them wraps around."""
     widest: gl.constexpr = 1 << 31
     later, earlier = row_high - key_low, key_high - row_low
     spread, key_spread = row_high - row_low, key_high - key_low

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from hstu_kernels.attention.triton.assembly import add_by_bucket, add_by_threshold, add_diagonals, constraints
-from hstu_kernels.attention.triton.rab import bucket_range, general_bucket, threshold, times_of
+from hstu_kernels.attention.triton.rab import times_of
+from hstu_kernels.attention.triton.time_buckets import bucket_range, general_bucket, threshold
 
 # Sums of a thread's whole share of a block, by the columns of the block: what they add to comes last.
 _COLUMNS = (32, 64)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from hstu_kernels.attention.triton.primitives import load_rows, load_times, position_index, scaled_silu, silu
-from hstu_kernels.attention.triton.rab import lookup, wide_bucket
+from hstu_kernels.attention.triton.time_buckets import lookup, wide_bucket
 
 
 @triton.jit
