@@ -11,25 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from hstu_kernels import AttentionMask, JaggedLayout, RelativeBias, hstu_attention
-from hstu_kernels.attention.triton import TritonPlan, plan_triton
+from hstu_kernels import JaggedLayout, RelativeBias, hstu_attention
+from hstu_kernels.attention.triton import TritonPlan
 from hstu_kernels.testing import AttentionCase, BiasKind, assert_within_budget, make_inputs, make_timestamps
+from tests.ops import hopper_cases
+from tests.ops.hopper_cases import (
+    LENGTHS,
+    NEIGHBOURS,
+    count_launches,
+    planned,
+    random_lengths,
+    random_rows,
+    spoil_every_other,
+)
 
+pytestmark = hopper_cases.MARKS
 
-def missing() -> str:
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU that this PyTorch can use"
-    if torch.cuda.get_device_capability()[0] != 9:
-        return "no Hopper GPU"
-    hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper_launch", reason="Triton is not installed")
-    return "" if hopper.available() else "the Gluon interface of this Triton is not the one it needs"
-
-
-REASON = missing()
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(REASON), reason=REASON)]
-
-# Empty ones, single rows, whole tiles and blocks, one more and one less.
-LENGTHS = (0, 1, 63, 64, 65, 0, 127, 128, 129, 255, 256, 257, 640, 1000, 0)
 REACH = 1000
 
 
@@ -81,17 +78,6 @@ def bias_of(
     return RelativeBias(None if kind is BiasKind.TIME else pos, time, at, rows)
 
 
-def planned(lengths: tuple[int, ...], bias: RelativeBias) -> TritonPlan:
-    layout = JaggedLayout.from_lengths(torch.tensor(lengths, device="cuda"))
-    return plan_triton(layout, AttentionMask(), bias, sum(lengths))
-
-
-def random_rows(rows: int, heads: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    found = [torch.randn(rows, heads, 128, device="cuda", generator=generator).to(dtype) for _ in range(3)]
-    return found[0], found[1], found[2]
-
-
 def ours(
     x: tuple[Tensor, ...],
     plan: TritonPlan,
@@ -128,14 +114,7 @@ def test_stays_in_the_budget_and_is_what_a_call_runs(
 ) -> None:
     from hstu_kernels.attention.triton.hopper_biased_launch import HopperBiased
 
-    launches = []
-    launch = HopperBiased.launch
-
-    def counted(self: HopperBiased, *args: object, **kwargs: object) -> bool:
-        launches.append(self)
-        return launch(self, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(HopperBiased, "launch", counted)
+    launches = count_launches(HopperBiased, monkeypatch)
     case = AttentionCase(name="hopper", lengths=LENGTHS, bias=kind, heads=2, qk_dim=128, v_dim=128)
     attention = functools.partial(hstu_attention, backend="triton")
     assert_within_budget(attention, make_inputs(case, dtype, device="cuda"), signal=False)
@@ -168,7 +147,7 @@ def test_gives_the_bits_of_the_other_kernel_for_tables_of_every_kind(
 ) -> None:
     rng = random.Random(reach)
     for seed, times in itertools.product(range(3), ("real", "in no order")):
-        lengths = tuple(rng.choice((0, 1 + rng.randrange(90), 64 * rng.randrange(1, 9), 1500)) for _ in range(9))
+        lengths = random_lengths(rng)
         bias = bias_of(lengths, times, kind, buckets, reach)
         x, plan = random_rows(sum(lengths), 2, dtype, seed), planned(lengths, bias)
         assert torch.equal(ours(x, plan, bias), theirs(x, plan, bias)), (lengths, times)
@@ -191,19 +170,10 @@ def test_a_call_repeats_its_bits_whatever_ran_before() -> None:
 
 
 def test_no_number_of_a_neighbour_is_seen() -> None:
-    """Every other sequence full of what is no number."""
-    lengths = (70, 100, 128, 129, 64, 300, 1, 257, 190)
-    bias = bias_of(lengths)
-    x, plan = random_rows(sum(lengths), 2, torch.bfloat16, 3), planned(lengths, bias)
+    bias = bias_of(NEIGHBOURS)
+    x, plan = random_rows(sum(NEIGHBOURS), 2, torch.bfloat16, 3), planned(NEIGHBOURS, bias)
     clean = ours(x, plan, bias)
-    start, kept = 0, []
-    for i, length in enumerate(lengths):
-        if i % 2:
-            for t, bad in zip(x, (float("nan"), float("inf"), float("nan")), strict=True):
-                t[start : start + length] = bad
-        else:
-            kept.append(slice(start, start + length))
-        start += length
+    kept = spoil_every_other(x, NEIGHBOURS)
     got = ours(x, plan, bias)
     for rows in kept:
         assert torch.equal(got[rows], clean[rows])

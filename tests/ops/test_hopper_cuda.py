@@ -12,24 +12,20 @@ import torch
 from torch import Tensor
 
 from hstu_kernels import AttentionMask, JaggedLayout, hstu_attention
-from hstu_kernels.attention.triton import TritonPlan, plan_triton
+from hstu_kernels.attention.triton import TritonPlan
 from hstu_kernels.testing import AttentionCase, BiasKind, assert_within_budget, make_inputs
+from tests.ops import hopper_cases
+from tests.ops.hopper_cases import (
+    LENGTHS,
+    NEIGHBOURS,
+    count_launches,
+    planned,
+    random_lengths,
+    random_rows,
+    spoil_every_other,
+)
 
-
-def missing() -> str:
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU that this PyTorch can use"
-    if torch.cuda.get_device_capability()[0] != 9:
-        return "no Hopper GPU"
-    hopper = pytest.importorskip("hstu_kernels.attention.triton.hopper_launch", reason="Triton is not installed")
-    return "" if hopper.available() else "the Gluon interface of this Triton is not the one it needs"
-
-
-REASON = missing()
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(REASON), reason=REASON)]
-
-# Empty ones, single rows, whole tiles and blocks, one more and one less.
-LENGTHS = (0, 1, 63, 64, 65, 0, 127, 128, 129, 255, 256, 257, 640, 1000, 0)
+pytestmark = hopper_cases.MARKS
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +36,6 @@ def short_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = {width: tuple(replace(tile, least=0) for tile in of_width) for width, of_width in hopper.TILES.items()}
     monkeypatch.setattr(hopper, "TILES", tiles)
     monkeypatch.setattr(hopper, "LEAST_TURNS", 0)
-
-
-def planned(lengths: tuple[int, ...]) -> TritonPlan:
-    layout = JaggedLayout.from_lengths(torch.tensor(lengths, device="cuda"))
-    return plan_triton(layout, AttentionMask(), None, sum(lengths))
-
-
-def random_rows(rows: int, heads: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    found = [torch.randn(rows, heads, 128, device="cuda", generator=generator).to(dtype) for _ in range(3)]
-    return found[0], found[1], found[2]
 
 
 def ours(
@@ -80,14 +65,7 @@ def theirs(x: tuple[Tensor, ...], plan: TritonPlan) -> Tensor:
 def test_stays_in_the_budget_and_is_what_a_call_runs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from hstu_kernels.attention.triton.hopper_launch import HopperForward
 
-    launches = []
-    launch = HopperForward.launch
-
-    def counted(self: HopperForward, *args: object, **kwargs: object) -> bool:
-        launches.append(self)
-        return launch(self, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(HopperForward, "launch", counted)
+    launches = count_launches(HopperForward, monkeypatch)
     case = AttentionCase(name="hopper", lengths=LENGTHS, bias=BiasKind.NONE, heads=2, qk_dim=128, v_dim=128)
     attention = functools.partial(hstu_attention, backend="triton")
     assert_within_budget(attention, make_inputs(case, dtype, device="cuda"), signal=False)
@@ -99,7 +77,7 @@ def test_gives_the_bits_of_the_other_kernel(dtype: torch.dtype) -> None:
     """Were there one different bit, no kernel could be chosen by length."""
     rng = random.Random(str(dtype))
     for seed in range(8):
-        lengths = tuple(rng.choice((0, 1 + rng.randrange(90), 64 * rng.randrange(1, 9), 1500)) for _ in range(9))
+        lengths = random_lengths(rng)
         x, plan = random_rows(sum(lengths), 2, dtype, seed), planned(lengths)
         expected = theirs(x, plan)
         for tile, programs in itertools.product(range(3), (None, 1, 7, 10_000)):
@@ -122,18 +100,9 @@ def test_a_call_repeats_its_bits_whatever_ran_before() -> None:
 
 @pytest.mark.parametrize("tile", [0, 1, 2])
 def test_no_number_of_a_neighbour_is_seen(tile: int) -> None:
-    """Every other sequence full of what is no number."""
-    lengths = (70, 100, 128, 129, 64, 300, 1, 257, 190)
-    x, plan = random_rows(sum(lengths), 2, torch.bfloat16, 3), planned(lengths)
+    x, plan = random_rows(sum(NEIGHBOURS), 2, torch.bfloat16, 3), planned(NEIGHBOURS)
     clean = ours(x, plan, tile=tile)
-    start, kept = 0, []
-    for i, length in enumerate(lengths):
-        if i % 2:
-            for t, bad in zip(x, (float("nan"), float("inf"), float("nan")), strict=True):
-                t[start : start + length] = bad
-        else:
-            kept.append(slice(start, start + length))
-        start += length
+    kept = spoil_every_other(x, NEIGHBOURS)
     got = ours(x, plan, tile=tile)
     for rows in kept:
         assert torch.equal(got[rows], clean[rows])

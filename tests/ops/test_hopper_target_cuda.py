@@ -10,10 +10,9 @@ from torch import Tensor
 
 from hstu_kernels import AttentionMask, JaggedLayout, LayerKV, hstu_target_attention
 from hstu_kernels.testing import AttentionCase, BiasKind, make_inputs, poisoned_empty, split_targets
-from tests.ops.test_hopper_cuda import missing
+from tests.ops import hopper_cases
 
-REASON = missing()
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(REASON), reason=REASON)]
+pytestmark = hopper_cases.MARKS
 
 ALPHA, SCALE = 128**-0.5, 0.01
 # Histories and targets: none, single ones, whole blocks, tiles and stretches, one more and one less.
