@@ -13,6 +13,7 @@ GROUP_ROWS = gl.constexpr(64)
 
 @gluon.jit
 def ring(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each of which waits for ARRIVALS."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(bars.index(i), count=ARRIVALS)
@@ -125,8 +126,7 @@ def pass_over(count, place, barriers, STAGES: gl.constexpr):
     """Say that the block at ``place`` of the rings has been read, which nobody will, if ``count`` is 1; ``count``."""
     _q_full, _q_free, k_full, k_free, v_full, v_free = barriers
     if count > 0:
-        slot = place % STAGES
-        phase = (place // STAGES) & 1
+        slot, phase = slot_of(place, STAGES)
         # Not before it is there: until then the slot still counts for the block before it.
         mbarrier.wait(k_full.index(slot), phase)
         mbarrier.wait(v_full.index(slot), phase)
