@@ -11,7 +11,7 @@ import torch
 
 from hstu_kernels import AttentionMask
 from hstu_kernels.attention.triton import plan_triton, schedule
-from hstu_kernels.attention.triton.launch import triton_attention
+from hstu_kernels.attention.triton.launch import triton_attention, triton_backward
 from hstu_kernels.attention.triton.tiles import Tile, TileSet
 from hstu_kernels.testing import (
     AttentionCase,
@@ -95,3 +95,26 @@ def test_neighbours_move_no_border(name: str) -> None:
     expected = run_attention(functools.partial(attention), alone)
     for key, result in run_attention(attention, together).items():
         assert torch.equal(result[44:], expected[key]), key
+
+
+@pytest.mark.parametrize(
+    ("needed", "early"),
+    [
+        ((True, True, True, False, False), True),
+        ((False, True, True, False, False), False),
+        ((True, False, True, False, False), True),
+        ((True, True, True, True, False), False),
+        ((False, True, True, False, True), False),
+    ],
+    ids=["all", "without-dq", "dq-dv", "position", "time"],
+)
+def test_dk_and_dv_begin_early_behind_dq_alone(needed: tuple[bool, ...], early: bool) -> None:
+    """Kernels that add up the tables' gradients stand between, and without dq nobody has waited for the inputs."""
+    tables = BiasKind.BOTH if needed[3] or needed[4] else BiasKind.NONE
+    inputs = inputs_of("prefix", tables)
+    plan = plan_triton(inputs.layout, inputs.mask, inputs.bias, inputs.q.shape[0])
+    entries = (None, None) if inputs.bias is None else (inputs.bias.pos_table, inputs.bias.time_table)
+    operands = [x.detach() for x in (inputs.grad_out, inputs.q, inputs.k, inputs.v)]
+    triton_backward(*operands, *entries, plan, inputs.alpha, inputs.scale, TILES, needed)
+    jobs = [key for kit in plan.kits.values() for key in kit.jobs]
+    assert [key[3] for key in jobs if key[0] == "dkdv"] == [early]

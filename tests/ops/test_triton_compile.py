@@ -196,6 +196,20 @@ def test_own_operands_pass_shared_memory_by() -> None:
     assert kernel.asm["ttgir"].count("ld.global.nc.b32") == 2
 
 
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_dk_and_dv_wait_before_they_write(name: str, capability: int) -> None:
+    """dq lets them begin, and nothing that they write is ahead of the wait for its end."""
+    code = compiled(name, capability, descriptors=capability >= 90).asm["ptx"]
+    there = capability == 90
+    assert code.count("griddepcontrol.launch_dependents") == (there and name == "dq")
+    assert code.count("griddepcontrol.wait") == (there and name == "dkdv")
+    if there and name == "dkdv":
+        before, after = code.split("griddepcontrol.wait")
+        assert "st.global" not in before
+        assert "st.global" in after
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_the_tile_of_long_batches_fits_into_registers(width: int, tmp_path: Path) -> None:
     plain = AttentionMask()

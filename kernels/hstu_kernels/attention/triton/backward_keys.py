@@ -6,6 +6,7 @@ dv_j = scale sum_i W_ij dout_i,   dk_j = alpha scale sum_i G_ij q_i
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from hstu_kernels.attention.triton.primitives import (
     load_line,
@@ -261,6 +262,9 @@ def hstu_bwd_dkdv_kernel(
             MASK,
             True,
         )
+    if SHAPE.warps > 0:
+        # Launched beside the end of the kernel before it, nothing is written before that has ended.
+        gdc_wait()
     store_sums(
         dk_ptr,
         dk_partial_ptr,

@@ -6,6 +6,7 @@ dq_i = alpha scale sum_j G_ij k_j,   the gradient of rab_ij: scale G_ij, added u
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from hstu_kernels.attention.triton.primitives import (
     key_block,
@@ -194,6 +195,9 @@ def hstu_bwd_dq_kernel(
     V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
     DQ_STRIDE: tl.constexpr = SHAPE.grad_stride if SHAPE.grad_stride > 0 else SHAPE.heads * SHAPE.qk_dim
     BLOCK_QK: tl.constexpr = SHAPE.block_qk
+    if SHAPE.warps > 0:
+        # Programs of a kernel that was told not to wait for this one may begin where the last of these leave room.
+        gdc_launch_dependents()
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)
     line, seq_start, seq_len, history_end, row_begin = load_line(work_ptr, program // HEADS)

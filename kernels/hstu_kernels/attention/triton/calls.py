@@ -137,16 +137,19 @@ class Call:
         """Whether the warps of dq add to sums of their own, and so take every block."""
         return shape_of(self._kit.facts, tile, False).sums_by_warp
 
-    def job(self, role: str, tile: Tile, entries: int = 0, positions: torch.dtype | None = None) -> Job:
+    def job(
+        self, role: str, tile: Tile, entries: int = 0, positions: torch.dtype | None = None, early: bool = False
+    ) -> Job:
         """The kernel of ``role`` for this kind of call.
 
         Args:
             entries: columns of the partial sums of the time table, 0 without. positions: dtype of those of the other.
+            early: it may begin before the kernel ahead of it has ended, where the chip can do that.
         """
-        key = (role, entries, positions)
+        key = (role, entries, positions, early)
         job: Job | None = self._kit.jobs.get(key)
         if job is None or job.tile is not tile:
-            job = self._kit.jobs[key] = Job(self._plan, self._kit, role, tile, entries)
+            job = self._kit.jobs[key] = Job(self._plan, self._kit, role, tile, entries, early)
         return job
 
     def hopper(self, out: Tensor) -> bool:
@@ -218,7 +221,7 @@ class _Kit:
         self.numbers = (*strides, self.alpha, self.scale)
         self.tiles = _tiles_of(q, v, plan, biased=pos_table is not None or time_table is not None)
         self.facts = facts_of(q, v, plan.layout.contextual_seq_len, pos_table, time_table)
-        self.jobs: dict[tuple[str, int, torch.dtype | None], Job] = {}
+        self.jobs: dict[tuple[str, int, torch.dtype | None, bool], Job] = {}
         # Whether the forward may have a kernel of its own, and that kernel, once a forward asked.
         self.may_be_hopper = self.rows > 0
         self.hopper: HopperForward | None = None
@@ -234,9 +237,9 @@ class Job:
         fixed: addresses of what the plan owns. list_address: of ``work``.
     """
 
-    def __init__(self, plan: TritonPlan, kit: _Kit, role: str, tile: Tile, entries: int) -> None:
+    def __init__(self, plan: TritonPlan, kit: _Kit, role: str, tile: Tile, entries: int, early: bool) -> None:
         self._heads, self._facts, self._grad_stride, self._mask = kit.heads, kit.facts, kit.grad_stride, plan.mask
-        self._role, self._entries, self.tile = role, entries, tile
+        self._role, self._entries, self._early, self.tile = role, entries, early, tile
         of_keys = role == "dkdv"
         side, block = ("key", tile.block_n) if of_keys else ("query", tile.block_m)
         self.work = (plan.key_work if of_keys else plan.query_work)(tile.block_m, tile.block_n)
@@ -266,7 +269,7 @@ class Job:
         described: Sequence[Argument] | None = panels(streamed, self._streamed_rows) if streamed else ()
         # The own side's operands: inputs, and the first of ``own`` where it is a gradient that comes in.
         tile = self.tile if in_pairs((*inputs, own[0])) else replace(self.tile, own_in_registers=0)
-        options = (self._facts, self._mask, tile, bool(described), self._entries, self._grad_stride)
+        options = (self._facts, self._mask, tile, bool(described), self._entries, self._grad_stride, self._early)
         kernel = _variant(self._role, *options)
         fetched = (None,) * len(streamed) if described is None else described
         arrays = (*inputs, *own, *fetched, *tables, *self._owned, *sums, self.work)
@@ -321,7 +324,14 @@ def _fit(q: Tensor, k: Tensor, v: Tensor, vanishes: bool) -> _Fitted:
 
 @functools.lru_cache(maxsize=512)
 def _variant(
-    role: str, facts: Facts, mask: AttentionMask, tile: Tile, descriptors: bool, entries: int, grad_stride: int
+    role: str,
+    facts: Facts,
+    mask: AttentionMask,
+    tile: Tile,
+    descriptors: bool,
+    entries: int,
+    grad_stride: int,
+    early: bool,
 ) -> Variant:
     shape = shape_of(facts, tile, descriptors, grad_stride)
     constants: dict[str, Any] = {"SHAPE": shape, "MASK": mask}
@@ -331,6 +341,8 @@ def _variant(
         constants["COPIES"] = POSITION_COPIES
     if tile.registers and facts[-1]:
         constants["maxnreg"] = tile.registers
+    if early and shape.warps > 0:
+        constants["launch_pdl"] = True
     return Variant(_KERNELS[role], **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 

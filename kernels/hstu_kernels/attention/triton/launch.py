@@ -122,6 +122,9 @@ def triton_backward(
     call = Call(q, k, v, pos_table, time_table, plan, alpha, scale, divided, tiles, grad, into)
     tiles = call.tiles
     dq = dk = dv = dpos = dtime = None
+    # Right behind dq: what dk and dv read was there before it, their work list as well.
+    early = need_q and not (need_pos or need_time)
+    dkdv = call.job("dkdv", tiles.dkdv, early=early) if call.rows and (need_k or need_v) else None
     if need_q or need_pos or need_time:
         dq = torch.empty_like(q, memory_format=torch.contiguous_format) if into is None else into[0]
         # The sums of the tables are gone before dk and dv take memory.
@@ -131,14 +134,13 @@ def triton_backward(
     if need_k or need_v:
         dk = torch.empty_like(k, memory_format=torch.contiguous_format) if into is None else into[1]
         dv = torch.empty_like(v, memory_format=torch.contiguous_format) if into is None else into[2]
-        if call.rows:
-            job = call.job("dkdv", tiles.dkdv)
-            partial = job.sums(k)
-            partial_v = job.sums(v)
-            call.launch(job, (grad, dk, dv, partial, partial_v), (call.inputs[0], grad))
+        if dkdv is not None:
+            partial = dkdv.sums(k)
+            partial_v = dkdv.sums(v)
+            call.launch(dkdv, (grad, dk, dv, partial, partial_v), (call.inputs[0], grad))
             if partial is not None and partial_v is not None:
-                job.join(dk, partial, call.alpha * scale)
-                job.join(dv, partial_v, scale)
+                dkdv.join(dk, partial, call.alpha * scale)
+                dkdv.join(dv, partial_v, scale)
     if call.vanishes and dq is not None:
         dq.zero_()
     return dq if need_q else None, dk, dv, dpos, dtime

@@ -1,0 +1,129 @@
+"""dk and dv begin beside the end of dq, where the chip can launch so, and no number depends on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hstu_kernels import AttentionMask, JaggedLayout
+
+calls = pytest.importorskip("hstu_kernels.attention.triton.calls", reason="Triton is not installed")
+schedule = pytest.importorskip("hstu_kernels.attention.triton.schedule", reason="Triton is not installed")
+launch = pytest.importorskip("hstu_kernels.attention.triton.launch", reason="Triton is not installed")
+tiles = pytest.importorskip("hstu_kernels.attention.triton.tiles", reason="Triton is not installed")
+
+SEMI_LOCAL = AttentionMask(max_attn_len=256, global_prefix_len=256)
+ALL = (True, True, True, False, False)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that this PyTorch can use")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hopper", "early", "expected"),
+    [
+        (torch.bfloat16, True, True, True),
+        (torch.bfloat16, True, False, False),
+        (torch.float32, True, True, False),
+        (torch.bfloat16, False, True, False),
+    ],
+    ids=["early", "on-its-own", "float32", "another-chip"],
+)
+def test_only_kernels_that_wait_are_launched_early(
+    dtype: torch.dtype, hopper: bool, early: bool, expected: bool
+) -> None:
+    """A kernel without the instruction that waits may not begin before the one ahead has ended."""
+    facts = (4, 128, 128, dtype, 0, -1, -1, "ieee", hopper)
+    tile = tiles.tile_set(128, 128, dtype, biased=False).dkdv
+    variant = calls._variant("dkdv", facts, AttentionMask(), tile, False, 0, 0, early)
+    assert bool(variant._settings.get("launch_pdl")) is expected
+
+
+class Problem:
+    """One batch on the GPU, large enough that the first kernel's last programs leave room."""
+
+    def __init__(self, width: int = 128) -> None:
+        lengths = [4096, 900, 0, 2500, 4096, 130, 3000, 64]
+        draw = torch.Generator("cuda").manual_seed(0)
+        self.shape = (sum(lengths), 4, width)
+        tensors = [torch.randn(self.shape, device="cuda", generator=draw).to(torch.bfloat16) for _ in range(4)]
+        self.operands, self.grad = tensors[:3], tensors[3]
+        layout = JaggedLayout.from_lengths(torch.tensor(lengths, device="cuda"), max_seq_len=max(lengths))
+        self.plan = schedule.plan_triton(layout, SEMI_LOCAL, None, sum(lengths))
+
+    def backward(
+        self, needed: tuple[bool, ...] = ALL, into: tuple[torch.Tensor, ...] | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        arguments = (None, None, self.plan, 0.1, 1 / 64, None, needed, None, into)
+        found: tuple[torch.Tensor | None, ...] = launch.triton_backward(self.grad, *self.operands, *arguments)
+        return found[:3]
+
+    def one_by_one(self) -> list[torch.Tensor]:
+        """dq alone, then dk and dv: nothing runs beside anything."""
+        found = []
+        for needed in ((True, False, False, False, False), (False, True, True, False, False)):
+            torch.cuda.synchronize()
+            found += [x.clone() for x in self.backward(needed) if x is not None]
+        torch.cuda.synchronize()
+        return found
+
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        """Room for the three gradients side by side, full of what is no number."""
+        rows, heads, width = self.shape
+        wide = torch.full((rows, 3 * heads * width), torch.nan, dtype=torch.bfloat16, device="cuda")
+        return tuple(part.unflatten(1, (heads, width)) for part in wide.chunk(3, 1))
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_nobody_behind_sees_half_a_gradient(width: int) -> None:
+    problem = Problem(width)
+    expected = problem.one_by_one()
+    for _ in range(20):
+        into = problem.columns()
+        problem.backward(into=into)
+        # Read by the next kernel of the stream, without a wait of the host.
+        copies = [x.clone() for x in into]
+        assert all(torch.equal(x, y) for x, y in zip(copies, expected, strict=True))
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_in_a_graph() -> None:
+    problem = Problem()
+    expected = problem.one_by_one()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        problem.backward()
+    torch.cuda.current_stream().wait_stream(side)
+    into = problem.columns()
+    copies = [torch.empty(problem.shape, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in into:
+            x.fill_(torch.nan)
+        problem.backward(into=into)
+        for copy, x in zip(copies, into, strict=True):
+            copy.copy_(x)
+    for _ in range(10):
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(copies, expected, strict=True))
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_the_gradient_may_come_from_the_kernel_right_before() -> None:
+    """Only dq's launch waits for it, and dk and dv for dq: they read what was there before."""
+    problem = Problem()
+    expected = problem.one_by_one()
+    source = problem.grad.clone()
+    for _ in range(20):
+        problem.grad = torch.full_like(source, torch.nan)
+        problem.grad.copy_(source)
+        found = problem.backward()
+        assert all(x is not None and torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        # Without dq nothing is ahead of dk and dv but the copy.
+        problem.grad = torch.full_like(source, torch.nan)
+        problem.grad.copy_(source)
+        found = problem.backward((False, True, True, False, False))
+        assert all(x is not None and torch.equal(x, y) for x, y in zip(found[1:], expected[1:], strict=True))
