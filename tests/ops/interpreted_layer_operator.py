@@ -67,7 +67,7 @@ def test_gradients_of_pieces_go_where_they_belong(monkeypatch: pytest.MonkeyPatc
 
     strides: list[int] = []
     original = calls._joiner
-    monkeypatch.setattr(calls, "_joiner", lambda *shape: strides.append(shape[-1]) or original(*shape))
+    monkeypatch.setattr(calls, "_joiner", lambda *shape: strides.append(shape[-2]) or original(*shape))
     monkeypatch.setattr(schedule, "PIECE_ROWS", 64)
     mask = AttentionMask(max_attn_len=8, full_attn_tail_len=16, global_prefix_len=3)
     same(make_options(mask=mask, attention_dim=16, linear_dim=16), (200,), affine=False, dtype=torch.float32)

@@ -88,9 +88,15 @@ def facts_of(q: Tensor, v: Tensor, contextual: int, pos_table: Tensor | None, ti
     )
 
 
+def launches_early(facts: Facts) -> bool:
+    """Whether kernels of this kind may begin beside the end of the one ahead: those of Hopper for two-byte numbers."""
+    return facts[-1] and facts[3].itemsize == 2
+
+
 def shape_of(facts: Facts, tile: Tile, descriptors: bool, grad_stride: int = 0) -> KernelShape:
     """The constants of a kernel."""
-    heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, hopper = facts
+    heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, _ = facts
+    hopper = launches_early(facts)
     return KernelShape(
         heads=heads,
         qk_dim=qk_dim,
@@ -108,7 +114,7 @@ def shape_of(facts: Facts, tile: Tile, descriptors: bool, grad_stride: int = 0) 
         precision=precision,
         assembly=not interpreting(),
         # Products of other chips take no operand out of shared memory, or none out of registers.
-        own_in_registers=tile.own_in_registers if dtype.itemsize == 2 and hopper else 0,
+        own_in_registers=tile.own_in_registers if hopper else 0,
         grad_stride=grad_stride,
-        warps=tile.num_warps if dtype.itemsize == 2 and hopper else 0,
+        warps=tile.num_warps if hopper else 0,
     )

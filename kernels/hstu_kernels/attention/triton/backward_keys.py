@@ -6,7 +6,7 @@ dv_j = scale sum_i W_ij dout_i,   dk_j = alpha scale sum_i G_ij q_i
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hstu_kernels.attention.triton.primitives import (
     load_line,
@@ -160,6 +160,8 @@ def hstu_bwd_dkdv_kernel(
     DV_STRIDE: tl.constexpr = SHAPE.grad_stride if SHAPE.grad_stride > 0 else V_STRIDE
     BLOCK_QK: tl.constexpr = SHAPE.block_qk
     BLOCK_V: tl.constexpr = SHAPE.block_v
+    if SHAPE.warps > 0:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)
     line, seq_start, seq_len, history_end, key_begin = load_line(work_ptr, program // HEADS)
@@ -263,7 +265,7 @@ def hstu_bwd_dkdv_kernel(
             True,
         )
     if SHAPE.warps > 0:
-        # Launched beside the end of the kernel before it, nothing is written before that has ended.
+        # It may run beside the end of dq. Who comes next waits for this kernel alone, and so for both.
         gdc_wait()
     store_sums(
         dk_ptr,

@@ -196,7 +196,7 @@ def hstu_bwd_dq_kernel(
     DQ_STRIDE: tl.constexpr = SHAPE.grad_stride if SHAPE.grad_stride > 0 else SHAPE.heads * SHAPE.qk_dim
     BLOCK_QK: tl.constexpr = SHAPE.block_qk
     if SHAPE.warps > 0:
-        # Programs of a kernel that was told not to wait for this one may begin where the last of these leave room.
+        # The next kernel may begin where the last programs of this one leave room, if it was told so and waits itself.
         gdc_launch_dependents()
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)

@@ -16,6 +16,7 @@ from hstu_kernels.attention.triton.arguments import (
     addressable,
     facts_of,
     in_pairs,
+    launches_early,
     panels,
     same_bits,
     shape_of,
@@ -289,7 +290,8 @@ class Job:
         """Add ``partial`` up and write ``out``, times ``factor``."""
         _, heads, rows, width = partial.shape
         part = min(rows, _JOINED_ROWS)
-        kernel = _joiner(heads, self._long, rows, part, out.shape[2], width, out.stride(0))
+        early = launches_early(self._facts)
+        kernel = _joiner(heads, self._long, rows, part, out.shape[2], width, out.stride(0), early)
         kernel(self._pieces * heads * (rows // part), (out, partial, self.work), (self._pieces, float(factor)))
 
 
@@ -341,12 +343,13 @@ def _variant(
         constants["COPIES"] = POSITION_COPIES
     if tile.registers and facts[-1]:
         constants["maxnreg"] = tile.registers
-    if early and shape.warps > 0:
+    if early and launches_early(facts):
         constants["launch_pdl"] = True
     return Variant(_KERNELS[role], **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 @functools.lru_cache(maxsize=64)
-def _joiner(heads: int, long: int, tile: int, rows: int, width: int, block: int, stride: int) -> Variant:
-    shape = {"HEADS": heads, "LONG": long, "TILE": tile, "ROWS": rows}
-    return Variant(hstu_join_kernel, **shape, WIDTH=width, BLOCK=block, STRIDE=stride, num_warps=4)
+def _joiner(heads: int, long: int, tile: int, rows: int, width: int, block: int, stride: int, early: bool) -> Variant:
+    shape = {"HEADS": heads, "LONG": long, "TILE": tile, "ROWS": rows, "EARLY": early}
+    options = {"launch_pdl": True} if early else {}
+    return Variant(hstu_join_kernel, **shape, WIDTH=width, BLOCK=block, STRIDE=stride, num_warps=4, **options)

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hstu_kernels.attention.triton.primitives import store_tile
 from hstu_kernels.attention.triton.schedule import LINE
@@ -30,12 +31,15 @@ def hstu_join_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Rows of ``out [L, H, WIDTH]``, STRIDE apart, that ``partial [pieces, H, TILE, BLOCK]`` hold, times ``factor``.
 
     One program for each line of a piece, head and ROWS rows of the tile; the program of a tile's first piece adds.
-    A tile's next piece stands LONG lines further.
+    A tile's next piece stands LONG lines further. EARLY: launched beside the end of the kernel that writes ``partial``.
     """
+    if EARLY:
+        gdc_launch_dependents()
     PARTS: tl.constexpr = TILE // ROWS
     program = tl.program_id(0)
     part = program % PARTS
@@ -44,6 +48,8 @@ def hstu_join_kernel(
     seq_start, seq_len, begin = _tile_of(work_ptr, piece)
     before_start, before_len, before_begin = _tile_of(work_ptr, tl.maximum(piece - LONG, 0))
     continues = (piece >= LONG) & (before_len > 0) & (before_start == seq_start) & (before_begin == begin)
+    if EARLY:
+        gdc_wait()
     if (seq_len > 0) & (continues == 0):
         inside = (part * ROWS + tl.arange(0, ROWS))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         total = tl.zeros([ROWS, BLOCK], tl.float32)

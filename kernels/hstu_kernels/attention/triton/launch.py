@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu_kernels.attention.triton.arguments import Tables
-from hstu_kernels.attention.triton.calls import GROUP, POSITION_COPIES, Call, divide
+from hstu_kernels.attention.triton.calls import GROUP, POSITION_COPIES, Call, Job, divide
 from hstu_kernels.attention.triton.exact import fixed_point
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import TileSet
@@ -125,22 +125,23 @@ def triton_backward(
     # Right behind dq: what dk and dv read was there before it, their work list as well.
     early = need_q and not (need_pos or need_time)
     dkdv = call.job("dkdv", tiles.dkdv, early=early) if call.rows and (need_k or need_v) else None
+    joins: list[tuple[Job, Tensor, Tensor | None, float]] = []
     if need_q or need_pos or need_time:
         dq = torch.empty_like(q, memory_format=torch.contiguous_format) if into is None else into[0]
         # The sums of the tables are gone before dk and dv take memory.
         dpos, dtime = _backward_of_queries(
-            call, grad, dq, pos_table if need_pos else None, time_table if need_time else None, plan, scale
+            call, grad, dq, pos_table if need_pos else None, time_table if need_time else None, plan, scale, joins
         )
     if need_k or need_v:
         dk = torch.empty_like(k, memory_format=torch.contiguous_format) if into is None else into[1]
         dv = torch.empty_like(v, memory_format=torch.contiguous_format) if into is None else into[2]
         if dkdv is not None:
-            partial = dkdv.sums(k)
-            partial_v = dkdv.sums(v)
+            partial, partial_v = dkdv.sums(k), dkdv.sums(v)
             call.launch(dkdv, (grad, dk, dv, partial, partial_v), (call.inputs[0], grad))
-            if partial is not None and partial_v is not None:
-                dkdv.join(dk, partial, call.alpha * scale)
-                dkdv.join(dv, partial_v, scale)
+            joins += [(dkdv, dk, partial, call.alpha * scale), (dkdv, dv, partial_v, scale)]
+    for job, gradient, sums, factor in joins:
+        if sums is not None:
+            job.join(gradient, sums, factor)
     if call.vanishes and dq is not None:
         dq.zero_()
     return dq if need_q else None, dk, dv, dpos, dtime
@@ -154,8 +155,9 @@ def _backward_of_queries(
     time_table: Tensor | None,
     plan: TritonPlan,
     scale: float,
+    joins: list[tuple[Job, Tensor, Tensor | None, float]],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write ``dq``; the gradients of the tables that are given."""
+    """Write ``dq``; the gradients of the tables that are given. What is to be added up to ``dq`` goes to ``joins``."""
     q, _, v = call.inputs
     tiles = call.tiles
     pos_sums = factor = time_sums = late_sums = None
@@ -171,8 +173,7 @@ def _backward_of_queries(
         job = call.job("dq", tiles.dq, entries, None if pos_sums is None else pos_sums.dtype)
         partial = job.sums(q)
         call.launch(job, (grad, dq, partial), call.inputs[1:], (pos_sums, factor, time_sums))
-        if partial is not None:
-            job.join(dq, partial, call.alpha * scale)
+        joins.append((job, dq, partial, call.alpha * scale))
         if time_sums is not None and not call.adds_by_warp(tiles.dq):
             late_sums = call.time_sums(tiles.bias, 1)
             call.launch(call.job("bias", tiles.bias, late_sums.shape[1]), (grad, late_sums))
