@@ -12,7 +12,11 @@ schedule = pytest.importorskip("hstu_kernels.attention.triton.schedule", reason=
 launch = pytest.importorskip("hstu_kernels.attention.triton.launch", reason="Triton is not installed")
 tiles = pytest.importorskip("hstu_kernels.attention.triton.tiles", reason="Triton is not installed")
 
-SEMI_LOCAL = AttentionMask(max_attn_len=256, global_prefix_len=256)
+MASKS = {
+    "prefix": AttentionMask(max_attn_len=256, global_prefix_len=256),
+    "tail": AttentionMask(max_attn_len=256, full_attn_tail_len=256),
+    "causal": AttentionMask(),
+}
 ALL = (True, True, True, False, False)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that this PyTorch can use")
 
@@ -40,14 +44,14 @@ def test_only_kernels_that_wait_are_launched_early(
 class Problem:
     """One batch on the GPU, large enough that the first kernel's last programs leave room."""
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, mask: str = "prefix", width: int = 128) -> None:
         lengths = [4096, 900, 0, 2500, 4096, 130, 3000, 64]
         draw = torch.Generator("cuda").manual_seed(0)
         self.shape = (sum(lengths), 4, width)
         tensors = [torch.randn(self.shape, device="cuda", generator=draw).to(torch.bfloat16) for _ in range(4)]
         self.operands, self.grad = tensors[:3], tensors[3]
         layout = JaggedLayout.from_lengths(torch.tensor(lengths, device="cuda"), max_seq_len=max(lengths))
-        self.plan = schedule.plan_triton(layout, SEMI_LOCAL, None, sum(lengths))
+        self.plan = schedule.plan_triton(layout, MASKS[mask], None, sum(lengths))
 
     def backward(
         self, needed: tuple[bool, ...] = ALL, into: tuple[torch.Tensor, ...] | None = None
@@ -74,9 +78,14 @@ class Problem:
 
 @pytest.mark.cuda
 @needs_gpu
-@pytest.mark.parametrize("width", [64, 128])
-def test_nobody_behind_sees_half_a_gradient(width: int) -> None:
-    problem = Problem(width)
+@pytest.mark.parametrize("piece_rows", [1024, schedule.PIECE_ROWS])
+@pytest.mark.parametrize(("mask", "width"), [("prefix", 128), ("tail", 128), ("causal", 128), ("prefix", 64)])
+def test_nobody_behind_sees_half_a_gradient(
+    mask: str, width: int, piece_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what adds up the pieces of long tiles half a piece."""
+    monkeypatch.setattr(schedule, "PIECE_ROWS", piece_rows)
+    problem = Problem(mask, width)
     expected = problem.one_by_one()
     for _ in range(20):
         into = problem.columns()
@@ -88,8 +97,10 @@ def test_nobody_behind_sees_half_a_gradient(width: int) -> None:
 
 @pytest.mark.cuda
 @needs_gpu
-def test_in_a_graph() -> None:
-    problem = Problem()
+@pytest.mark.parametrize("mask", MASKS)
+def test_in_a_graph(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "PIECE_ROWS", 1024)
+    problem = Problem(mask)
     expected = problem.one_by_one()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -108,6 +119,24 @@ def test_in_a_graph() -> None:
     for _ in range(10):
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(copies, expected, strict=True))
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_the_forward_of_pieces_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows that see everything are added up beside the end of the others."""
+    monkeypatch.setattr(schedule, "PIECE_ROWS", 1024)
+    problem = Problem("tail")
+    arguments = (*problem.operands, None, None, problem.plan, 0.1, 1 / 64)
+    torch.cuda.synchronize()
+    expected = launch.triton_forward(*arguments)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        # The result's memory held no number before.
+        torch.full_like(expected, torch.nan)
+        found = launch.triton_forward(*arguments)
+        # Read by the next kernel of the stream, without a wait of the host.
+        assert torch.equal(found.clone(), expected)
 
 
 @pytest.mark.cuda
