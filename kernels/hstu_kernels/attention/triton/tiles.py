@@ -168,7 +168,7 @@ _LONG = {64: (2048, Tile(128, 64, 4, 3, 1)), 128: (8192, Tile(128, 64, 8, 3))}
 LONG_BATCH = min(least for least, _ in _LONG.values())
 # Three short programs of a multiprocessor hide each other's ends.
 _WINDOWED = _PLAIN | {
-    128: TileSet(Tile(64, 32, 4, 4, 1, registers=168), Tile(64, 64, 4, 3, 2), Tile(32, 64, 4, 3, 1), Tile(64, 64, 4, 1))
+    128: TileSet(Tile(64, 32, 4, 4, 1, registers=168), Tile(64, 64, 4, 3, 2), Tile(32, 64, 4, 3, 2), Tile(64, 64, 4, 1))
 }
 _TABLES = TileSet(Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 2), _FEW_KEYS, Tile(64, 64, 4, 1))
 _BIASED = {64: _TABLES, 128: _TABLES, 256: _WIDEST}
