@@ -55,14 +55,14 @@ def _named_parts(bound: Bound, layout: Any, batch: Any) -> dict[str, Call]:
     call = begun()
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     dq_tile, keys_tile = call.tiles.dq, call.tiles.dkdv
-    queries, keys = call.job("dq", dq_tile), call.job("dkdv", keys_tile)
+    queries, keys = call.job("dq", dq_tile), call.job("dkdv", keys_tile, early=True)
     parts: dict[str, Call] = {
         WHOLE_PART: _backward(leaves, grad, bound.forward(*leaves)),
         EMPTY_PART: _backward(leaves, grad, empty_output(bound)),
         "our backward outside autograd": direct,
         "  Call: what kind of call it is, addresses": begun,
         "  memory for dq, dk and dv": lambda: [torch.empty_like(x) for x in (q, k, v)],
-        "  which job: dq, and dk with dv": lambda: (call.job("dq", dq_tile), call.job("dkdv", keys_tile)),
+        "  which job: dq, and dk with dv": lambda: (call.job("dq", dq_tile), call.job("dkdv", keys_tile, early=True)),
         "  launch of dq": lambda: call.launch(queries, (grad, dq, None), call.inputs[1:], (None, None, None)),
         "  launch of dk and dv": lambda: call.launch(keys, (grad, dk, dv, None, None), (call.inputs[0], grad)),
     }

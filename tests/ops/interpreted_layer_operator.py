@@ -63,11 +63,11 @@ def test_widths_that_no_copy_engine_fetches() -> None:
 def test_gradients_of_pieces_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tail makes long tiles, whose pieces another kernel adds up; its rows stand in the wider matrix, too."""
     from hstu_kernels import AttentionMask
-    from hstu_kernels.attention.triton import calls, schedule
+    from hstu_kernels.attention.triton import jobs, schedule
 
     strides: list[int] = []
-    original = calls._joiner
-    monkeypatch.setattr(calls, "_joiner", lambda *shape: strides.append(shape[-2]) or original(*shape))
+    original = jobs._joiner
+    monkeypatch.setattr(jobs, "_joiner", lambda *shape: strides.append(shape[-2]) or original(*shape))
     monkeypatch.setattr(schedule, "PIECE_ROWS", 64)
     mask = AttentionMask(max_attn_len=8, full_attn_tail_len=16, global_prefix_len=3)
     same(make_options(mask=mask, attention_dim=16, linear_dim=16), (200,), affine=False, dtype=torch.float32)

@@ -7,7 +7,7 @@ import torch
 
 from hstu_kernels import AttentionMask, JaggedLayout
 
-calls = pytest.importorskip("hstu_kernels.attention.triton.calls", reason="Triton is not installed")
+jobs = pytest.importorskip("hstu_kernels.attention.triton.jobs", reason="Triton is not installed")
 schedule = pytest.importorskip("hstu_kernels.attention.triton.schedule", reason="Triton is not installed")
 launch = pytest.importorskip("hstu_kernels.attention.triton.launch", reason="Triton is not installed")
 tiles = pytest.importorskip("hstu_kernels.attention.triton.tiles", reason="Triton is not installed")
@@ -37,7 +37,7 @@ def test_only_kernels_that_wait_are_launched_early(
     """A kernel without the instruction that waits may not begin before the one ahead has ended."""
     facts = (4, 128, 128, dtype, 0, -1, -1, "ieee", hopper)
     tile = tiles.tile_set(128, 128, dtype, biased=False).dkdv
-    variant = calls._variant("dkdv", facts, AttentionMask(), tile, False, 0, 0, early)
+    variant = jobs._variant("dkdv", facts, AttentionMask(), tile, False, 0, 0, early)
     assert bool(variant._settings.get("launch_pdl")) is expected
 
 

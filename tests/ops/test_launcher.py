@@ -57,7 +57,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    from hstu_kernels.attention.triton import arguments, calls, target_launch
+    from hstu_kernels.attention.triton import arguments, jobs, target_launch
     from hstu_kernels.gated_norm.triton import launch as gate_launch
     from hstu_kernels.triton import launcher
 
@@ -66,7 +66,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setattr(launcher, "_current_stream", lambda device: 0)
     monkeypatch.setattr(arguments, "_has_copy_engine", lambda device: True)
     monkeypatch.setattr(backends, "_triton_obstacle", lambda facts: None)
-    caches = (dispatch._decided, calls._variant, target_launch._variant, gate_launch._variant)
+    caches = (dispatch._decided, jobs._variant, target_launch._variant, gate_launch._variant)
     for cache in caches:
         cache.cache_clear()
     yield made
@@ -317,7 +317,7 @@ def seen(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def test_a_ready_launch_passes_what_a_first_one_does(
     width: int, biased: bool, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hstu_kernels.attention.triton import calls
+    from hstu_kernels.attention.triton import calls, jobs
 
     bias = None
     if biased:
@@ -331,8 +331,8 @@ def test_a_ready_launch_passes_what_a_first_one_does(
         kept.append((q, k, v, grad, out, torch.autograd.grad(out, (q, k, v), grad.detach())))
 
     calls_made: list[bool] = []
-    first = calls.Job.first
-    monkeypatch.setattr(calls.Job, "first", lambda *a, **o: (calls_made.append(True), first(*a, **o))[1])
+    first = jobs.Job.first
+    monkeypatch.setattr(jobs.Job, "first", lambda *a, **o: (calls_made.append(True), first(*a, **o))[1])
     for alpha, spread in ((0.1, 0), (0.1, 8), (0.2, 0)):
         for _ in range(2):
             step(alpha, spread)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu_kernels.attention.triton.arguments import Tables
-from hstu_kernels.attention.triton.calls import GROUP, POSITION_COPIES, Call, Job, divide
+from hstu_kernels.attention.triton.calls import GROUP, Call, divide
 from hstu_kernels.attention.triton.exact import fixed_point
+from hstu_kernels.attention.triton.jobs import POSITION_COPIES, Job
 from hstu_kernels.attention.triton.schedule import TritonPlan
 from hstu_kernels.attention.triton.tiles import TileSet
 from hstu_kernels.bias import RelativeBias
