@@ -124,7 +124,7 @@ def test_in_a_graph(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.cuda
 @needs_gpu
 def test_the_forward_of_pieces_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows that see everything are added up beside the end of the others."""
+    """What adds them up is launched early, and waits for the kernel ahead that knows nothing of it."""
     monkeypatch.setattr(schedule, "PIECE_ROWS", 1024)
     problem = Problem("tail")
     arguments = (*problem.operands, None, None, problem.plan, 0.1, 1 / 64)

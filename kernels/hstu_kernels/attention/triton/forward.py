@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from hstu_kernels.attention.triton.primitives import (
     key_block,
@@ -140,8 +139,6 @@ def hstu_fwd_kernel(
 
     The first ``pieces`` lines go to ``partial [pieces, H, M, Dv]`` without ``scale``, where there is one.
     """
-    if SHAPE.warps > 0 and partial_ptr is not None:
-        gdc_launch_dependents()
     HEADS: tl.constexpr = SHAPE.heads
     BLOCK_M: tl.constexpr = SHAPE.block_m
     BLOCK_N: tl.constexpr = SHAPE.block_n
