@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -59,7 +60,10 @@ def measure_parts(model: nn.Module, batch: Batch) -> dict[str, float]:
 
 
 def parts_of(events: Sequence[Any], *, on_device: bool) -> dict[str, float]:
-    """Microseconds by part of the profiler's ``events``: of kernels if ``on_device``, else of operations."""
+    """Microseconds by part of the profiler's ``events``: of kernels if ``on_device``, else of operations.
+
+    Kernels that overlap count with all of their time each.
+    """
     parts = dict.fromkeys(PARTS, 0.0)
     known: Counter[str] = Counter()
     for kernel, origin, microseconds in _spent(events, on_device=on_device):
@@ -68,9 +72,7 @@ def parts_of(events: Sequence[Any], *, on_device: bool) -> dict[str, float]:
     if on_device:
         # Marks of ranges stand among the kernels, under names such as Optimizer.step#AdamW.step.
         kernels = [e for e in events if e.device_type == DeviceType.CUDA and "#" not in e.name]
-        busy = sum(e.time_range.elapsed_us() for e in kernels)
-        whole = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
-        parts |= {UNKNOWN: 0.0, WAITING: whole - busy}
+        parts |= {UNKNOWN: 0.0, WAITING: _idle(kernels)}
         for kernel, microseconds in _left_over(kernels, known).items():
             named = part_of(kernel, ())
             parts[UNKNOWN if named == REST else named] += microseconds
@@ -89,6 +91,13 @@ def _spent(events: Sequence[Any], *, on_device: bool) -> Iterator[tuple[str, lis
                     yield kernel.name, origin, kernel.duration
         else:
             yield event.name, origin, event.self_cpu_time_total
+
+
+def _idle(kernels: Sequence[Any]) -> float:
+    """Microseconds without a kernel between the first and the last."""
+    spans = sorted((e.time_range for e in kernels), key=lambda span: span.start)
+    ends = accumulate((span.end for span in spans), max)
+    return float(sum(max(0.0, later.start - end) for end, later in zip(ends, spans[1:], strict=False)))
 
 
 def _left_over(kernels: Sequence[Any], known: Counter[str]) -> Counter[str]:

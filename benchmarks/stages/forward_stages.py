@@ -3,7 +3,7 @@
 from benchmarks.stages.patching import Edit, Stage
 
 # The kernel, the list with the warp that fetches, and what the kernels for Hopper share.
-_KERNEL, _FETCH, _PIECES = "hopper_forward", "hopper_fetch", "hopper_pieces"
+_KERNEL, _FETCH, _SHARED = "hopper_forward", "hopper_fetch", "hopper_shared"
 # Beyond every row of a sequence, which the compiler cannot know.
 NOWHERE = "(1 << 30)"
 # Assembly with a side effect: what it is given is computed although nobody reads it.
@@ -39,7 +39,7 @@ HOPPER_COPIES = (
     Edit(module=_FETCH, old=_FETCH_BEGIN, new=_FETCH_HELPERS + _FETCH_BEGIN),
 )
 HOPPER_SILU = Edit(
-    module=_PIECES,
+    module=_SHARED,
     old="""    half = logits * half_alpha
     tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1)
     return half * tanh + half""",
@@ -51,7 +51,7 @@ SILU = Edit(
         value = half * _tanh(half) + half""",
     new="        value = x * (0.5 * factor)",
 )
-HOPPER_MASK = Edit(module=_PIECES, old="    if edge:\n        cols = begin", new="    if False:\n        cols = begin")
+HOPPER_MASK = Edit(module=_SHARED, old="    if edge:\n        cols = begin", new="    if False:\n        cols = begin")
 MASK = Edit(
     module="forward",
     old="    if edge:\n        weights = tl.where(",
@@ -71,7 +71,7 @@ _STAGED = """    # What was staged before has been read.
     fence_async_shared()
     gl.thread_barrier()
 """
-NO_COPIES_OUT = Edit(module=_PIECES, old=_COPIED, new="pass")
+NO_COPIES_OUT = Edit(module=_SHARED, old=_COPIED, new="pass")
 # Of a program one tile with the blocks of all of its pairs; of the narrow blocks the first group skips one a tile. For
 # sequences of one length, whole pairs each: the list has one line more for each, and these stand empty at its end.
 _ALL_BLOCKS = """    pair = (last + 2) * (_TILE_ROWS // BLOCK_N)
@@ -106,7 +106,7 @@ STAGES = (
         name="stores and staged rows",
         edits=(
             Edit(
-                module=_PIECES, old=_STAGED, new=f"    {kept('(acc * scale).to(staged.dtype)', 'staged.dtype', 'gl')}\n"
+                module=_SHARED, old=_STAGED, new=f"    {kept('(acc * scale).to(staged.dtype)', 'staged.dtype', 'gl')}\n"
             ),
             NO_COPIES_OUT,
         ),

@@ -88,15 +88,10 @@ def facts_of(q: Tensor, v: Tensor, contextual: int, pos_table: Tensor | None, ti
     )
 
 
-def launches_early(facts: Facts) -> bool:
-    """Whether kernels of this kind may begin beside the end of the one ahead: those of Hopper for two-byte numbers."""
-    return facts[-1] and facts[3].itemsize == 2
-
-
 def shape_of(facts: Facts, tile: Tile, descriptors: bool, grad_stride: int = 0) -> KernelShape:
     """The constants of a kernel."""
-    heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, _ = facts
-    hopper = launches_early(facts)
+    heads, qk_dim, v_dim, dtype, contextual, reach, buckets, precision, hopper = facts
+    hopper = hopper and dtype.itemsize == 2
     return KernelShape(
         heads=heads,
         qk_dim=qk_dim,

@@ -160,7 +160,8 @@ def hstu_bwd_dkdv_kernel(
     DV_STRIDE: tl.constexpr = SHAPE.grad_stride if SHAPE.grad_stride > 0 else V_STRIDE
     BLOCK_QK: tl.constexpr = SHAPE.block_qk
     BLOCK_V: tl.constexpr = SHAPE.block_v
-    if SHAPE.warps > 0:
+    if SHAPE.waits:
+        # What adds up pieces may begin early, too.
         gdc_launch_dependents()
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)
@@ -264,7 +265,7 @@ def hstu_bwd_dkdv_kernel(
             MASK,
             True,
         )
-    if SHAPE.warps > 0:
+    if SHAPE.waits:
         # It may run beside the end of dq. Who comes next waits for this kernel alone, and so for both.
         gdc_wait()
     store_sums(

@@ -195,7 +195,7 @@ def hstu_bwd_dq_kernel(
     V_STRIDE: tl.constexpr = SHAPE.heads * SHAPE.v_dim
     DQ_STRIDE: tl.constexpr = SHAPE.grad_stride if SHAPE.grad_stride > 0 else SHAPE.heads * SHAPE.qk_dim
     BLOCK_QK: tl.constexpr = SHAPE.block_qk
-    if SHAPE.warps > 0:
+    if SHAPE.waits:
         # The next kernel may begin where the last programs of this one leave room, if it was told so and waits itself.
         gdc_launch_dependents()
     program = tl.program_id(0)

@@ -16,12 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hstu_kernels.attention.triton.hopper_bias import block_bias, block_class, low_times, read_span
 from hstu_kernels.attention.triton.hopper_fetch import TILES_AHEAD, fetch_blocks, prefetch_tile, read_tile
-from hstu_kernels.attention.triton.hopper_pieces import (
+from hstu_kernels.attention.triton.hopper_shared import (
     GROUP_ROWS,
     allocate,
     clear_behind,
     last_seen_by,
     pass_over,
+    slot_of,
     store_rows,
     weights_of,
 )
@@ -87,8 +88,8 @@ def _multiply(
             begin, span = _block_at(1, seen, rows, key_spans_ptr, BUCKETS)
             known = block_class(rows, begin, span, tables[1], BUCKETS)
             last_seen = last_seen_by(row, S_LAYOUT)
-            place = tiles % 2
-            mbarrier.wait(q_full.index(place), (tiles // 2) & 1)
+            place, phase = slot_of(tiles, TILES_AHEAD)
+            mbarrier.wait(q_full.index(place), phase)
             tiles += 1
             q = q_buffer.index(2 * place + group)
             slot = used % STAGES

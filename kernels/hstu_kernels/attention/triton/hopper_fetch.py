@@ -1,10 +1,10 @@
-"""The list of pairs of tiles on Hopper, and the warp that fetches what they need, with a bias and without."""
+"""The list of pairs of tiles on Hopper, and the warp that fetches: for forwards, in part for cached targets."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hstu_kernels.attention.triton.hopper_pieces import GROUP_ROWS, slot_of
+from hstu_kernels.attention.triton.hopper_shared import GROUP_ROWS, slot_of
 from hstu_kernels.attention.triton.schedule import PAIR_LINE, PAIR_ROWS
 
 _LINE = gl.constexpr(PAIR_LINE)
@@ -48,7 +48,7 @@ def read_tile(work_ptr, turn, items, HEADS: gl.constexpr, BLOCK_N: gl.constexpr)
 
 @gluon.jit
 def read_blocks(work_ptr, turn, items, HEADS: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Of it the first row and the blocks."""
+    """Of `read_tile` the first row and the key blocks."""
     _head, _start, _length, row, blocks = read_tile(work_ptr, turn, items, HEADS, BLOCK_N)
     return row, blocks
 

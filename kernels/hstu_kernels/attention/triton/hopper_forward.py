@@ -16,13 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hstu_kernels.attention.triton.hopper_fetch import TILES_AHEAD, fetch_blocks, prefetch_tile, read_blocks, read_tile
-from hstu_kernels.attention.triton.hopper_pieces import (
+from hstu_kernels.attention.triton.hopper_shared import (
     GROUP_ROWS,
     allocate,
     clear_behind,
     exact_weights_of,
     last_seen_by,
     pass_over,
+    slot_of,
     store_rows,
     weights_of,
 )
@@ -81,7 +82,7 @@ def _multiply(
             prefetch_tile(work_ptr, turn + 1, items, HEADS)
             row = tile + group * GROUP_ROWS
             last_seen = last_seen_by(row, S_LAYOUT)
-            place = tiles % 2
+            place = tiles % TILES_AHEAD
             q = q_buffer.index(2 * place + group)
             p = gl.convert_layout(_packed(weights), P_LAYOUT)
             acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
@@ -127,8 +128,8 @@ def _multiply(
                 turn += 1
                 coming_tile, coming_blocks = read_blocks(work_ptr, turn, items, HEADS, BLOCK_N)
             if coming_blocks > 0:
-                next_place = tiles % 2
-                mbarrier.wait(q_full.index(next_place), (tiles // 2) & 1)
+                next_place, phase = slot_of(tiles, TILES_AHEAD)
+                mbarrier.wait(q_full.index(next_place), phase)
                 next_slot = ahead % STAGES
                 mbarrier.wait(k_full.index(next_slot), (ahead // STAGES) & 1)
                 keys = k_buffer.index(next_slot).permute((1, 0))

@@ -84,7 +84,7 @@ def available() -> bool:
 
 
 class PairLaunch:
-    """What launches of a kernel over a plan's pairs of tiles share: all but the call of which addresses alone are new.
+    """A kernel over a plan's pairs of tiles for one kind of calls: its first launch, and what later ones need.
 
     Args:
         kernel: takes ``out``, the list, what `first` is given besides, and descriptors of q, k, v and ``out``.

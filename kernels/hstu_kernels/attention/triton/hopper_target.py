@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hstu_kernels.attention.triton.hopper_fetch import snake
-from hstu_kernels.attention.triton.hopper_pieces import GROUP_ROWS, allocate, silu_of, slot_of, store_rows, weights_of
+from hstu_kernels.attention.triton.hopper_shared import GROUP_ROWS, allocate, silu_of, slot_of, store_rows, weights_of
 from hstu_kernels.attention.triton.hopper_target_fetch import TILES_AHEAD, fetch, read_item
 
 

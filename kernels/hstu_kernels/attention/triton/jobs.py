@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hstu_kernels.attention.triton.arguments import Facts, Tables, in_pairs, launches_early, panels, shape_of
+from hstu_kernels.attention.triton.arguments import Facts, Tables, in_pairs, panels, shape_of
 from hstu_kernels.attention.triton.backward_keys import hstu_bwd_dkdv_kernel
 from hstu_kernels.attention.triton.backward_queries import hstu_bwd_dq_kernel
 from hstu_kernels.attention.triton.bias_grad import hstu_bwd_bias_kernel
@@ -53,6 +53,7 @@ class Job:
         side, block = ("key", tile.block_n) if of_keys else ("query", tile.block_m)
         self.work = (plan.key_work if of_keys else plan.query_work)(tile.block_m, tile.block_n)
         self._long, self._pieces = plan.pieces(side, block)
+        self._waits = shape_of(kit.facts, tile, False).waits
         # The kernel of the bias leaves the factor ``scale`` to those who add up.
         self._numbers = kit.numbers[:-1] if role == "bias" else (*kit.numbers, self._pieces)
         self._programs = self.work.shape[0] * (1 if role == "bias" else kit.heads)
@@ -98,8 +99,7 @@ class Job:
         """Add ``partial`` up and write ``out``, times ``factor``."""
         _, heads, rows, width = partial.shape
         part = min(rows, _JOINED_ROWS)
-        early = launches_early(self._facts)
-        kernel = _joiner(heads, self._long, rows, part, out.shape[2], width, out.stride(0), early)
+        kernel = _joiner(heads, self._long, rows, part, out.shape[2], width, out.stride(0), self._waits)
         kernel(self._pieces * heads * (rows // part), (out, partial, self.work), (self._pieces, float(factor)))
 
 
@@ -122,7 +122,7 @@ def _variant(
         constants["COPIES"] = POSITION_COPIES
     if tile.registers and facts[-1]:
         constants["maxnreg"] = tile.registers
-    if early and launches_early(facts):
+    if early and shape.waits:
         constants["launch_pdl"] = True
     return Variant(_KERNELS[role], **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
 

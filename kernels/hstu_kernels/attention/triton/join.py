@@ -36,7 +36,7 @@ def hstu_join_kernel(
     """Rows of ``out [L, H, WIDTH]``, STRIDE apart, that ``partial [pieces, H, TILE, BLOCK]`` hold, times ``factor``.
 
     One program for each line of a piece, head and ROWS rows of the tile; the program of a tile's first piece adds.
-    A tile's next piece stands LONG lines further. EARLY: launched beside the end of the kernel that writes ``partial``.
+    A tile's next piece stands LONG lines further. EARLY: launched beside the end of the kernel ahead.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -49,6 +49,7 @@ def hstu_join_kernel(
     before_start, before_len, before_begin = _tile_of(work_ptr, tl.maximum(piece - LONG, 0))
     continues = (piece >= LONG) & (before_len > 0) & (before_start == seq_start) & (before_begin == begin)
     if EARLY:
+        # Every program, also one that adds nothing: who comes next waits for this kernel alone.
         gdc_wait()
     if (seq_len > 0) & (continues == 0):
         inside = (part * ROWS + tl.arange(0, ROWS))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -79,6 +79,14 @@ class KernelShape:
     grad_stride: int = 0
 
     @property
+    def waits(self) -> bool:
+        """Whether a kernel that was launched early waits for the one ahead before it writes, and lets the next begin.
+
+        Only such a kernel may be launched so (programmatic dependent launch).
+        """
+        return self.warps > 0
+
+    @property
     def sums_by_warp(self) -> bool:
         """Whether each warp adds its own sums to the tables' gradients: a block gives a thread 16 or 32 logits."""
         return self.block_n in (32, 64) and self.block_m == 16 * self.warps

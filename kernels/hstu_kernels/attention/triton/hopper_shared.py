@@ -66,7 +66,7 @@ def weights_of(logits, begin, last, half_alpha, edge, P_LAYOUT: gl.constexpr, DT
 
 @gluon.jit
 def exact_weights_of(logits, begin, last, half_alpha, edge):
-    """The same in float32, in the layout of ``logits``."""
+    """`weights_of` in float32, in the layout of ``logits``."""
     weights = silu_of(logits, half_alpha)
     if edge:
         cols = begin + gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, logits.type.layout))
