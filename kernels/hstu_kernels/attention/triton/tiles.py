@@ -160,7 +160,7 @@ _SQUARE = Tile(64, 64, 4, 3)
 _WIDEST = TileSet(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 1))
 _PLAIN = {
     64: TileSet(_SQUARE, _SQUARE, _SQUARE, Tile(64, 64, 4, 1)),
-    128: TileSet(_SQUARE, Tile(64, 64, 4, 3, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
+    128: TileSet(_SQUARE, Tile(64, 64, 4, 3, 2), Tile(32, 64, 4, 4, 2), Tile(64, 64, 4, 1)),
     256: _WIDEST,
 }
 # Blocks come through pointers, which take registers: fewer keys in a tile of dkdv, more warps in dq.
