@@ -1,9 +1,8 @@
-"""The forward with a relative bias that is for Hopper alone, on such a GPU: fp64 budget, bits, neighbours, races."""
+"""The forward with a bias of positions for Hopper alone, on such a GPU: fp64 budget, bits, neighbours, races."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import random
 from dataclasses import replace
 
@@ -11,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hstu_kernels import JaggedLayout, RelativeBias, hstu_attention
+from hstu_kernels import RelativeBias, hstu_attention
 from hstu_kernels.attention.triton import TritonPlan
-from hstu_kernels.testing import AttentionCase, BiasKind, assert_within_budget, make_inputs, make_timestamps
+from hstu_kernels.testing import AttentionCase, BiasKind, assert_within_budget, make_inputs
 from tests.ops import hopper_cases
 from tests.ops.hopper_cases import (
     LENGTHS,
@@ -38,44 +37,10 @@ def short_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hopper, "LEAST_TURNS", 0)
     monkeypatch.setattr(biased, "LEAST", 0)
-    monkeypatch.setattr(biased, "LEAST_WITH_TIMES", 0)
 
 
-def times_of(kind: str, lengths: tuple[int, ...]) -> Tensor:
-    rows, generator = sum(lengths), torch.Generator().manual_seed(5)
-    real = make_timestamps(JaggedLayout.from_lengths(torch.tensor(lengths)), rows, seed=3)
-    return {
-        "real": real,
-        "equal": torch.full_like(real, 1_700_000_000),
-        "backwards": real.flip(0),
-        "in no order": real[torch.randperm(rows, generator=generator)],
-        # From row to row a year, so that most differences need more than 31 bits.
-        "of centuries": real + torch.arange(rows) * 30_000_000,
-        # Some differences need more than 63.
-        "of any size": torch.randint(-(2**62), 2**62, (rows,), generator=generator),
-        "each second": torch.arange(rows) * 7 // 5,
-    }[kind]
-
-
-TIMES = ("real", "equal", "backwards", "in no order", "of centuries", "of any size", "each second")
-
-
-def bias_of(
-    lengths: tuple[int, ...],
-    times: str = "real",
-    kind: BiasKind = BiasKind.BOTH,
-    buckets: int = 128,
-    reach: int = REACH,
-    asked: bool = False,
-) -> RelativeBias:
-    generator = torch.Generator("cuda").manual_seed(1)
-    pos = torch.randn(2 * reach - 1, generator=generator, device="cuda")
-    time = torch.randn(buckets + 1, generator=generator, device="cuda")
-    if kind is BiasKind.POSITION:
-        return RelativeBias(pos)
-    at = times_of(times, lengths).cuda()
-    rows = at.flip(0).contiguous() if asked else None
-    return RelativeBias(None if kind is BiasKind.TIME else pos, time, at, rows)
+def bias_of(reach: int = REACH) -> RelativeBias:
+    return RelativeBias(torch.randn(2 * reach - 1, generator=torch.Generator("cuda").manual_seed(1), device="cuda"))
 
 
 def ours(
@@ -90,10 +55,11 @@ def ours(
     from hstu_kernels.attention.triton.hopper_biased_launch import HopperBiased
 
     q, k, v = x
-    tables = divide(bias.pos_table, bias.time_table, 128**-0.5)
+    pos, _ = divide(bias.pos_table, None, 128**-0.5)
+    assert pos is not None
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
-    kernel = HopperBiased(q, tables, plan, 128**-0.5, 0.01, programs)
-    assert kernel.launch((q, k, v), tables, out, direct=False)
+    kernel = HopperBiased(q, pos, plan, 128**-0.5, 0.01, programs)
+    assert kernel.launch((q, k, v), pos, out, direct=False)
     return out
 
 
@@ -104,7 +70,7 @@ def theirs(x: tuple[Tensor, ...], plan: TritonPlan, bias: RelativeBias) -> Tenso
 
     # Tiles of the caller's, not those of the kind: the other kernel.
     tiles = replace(tile_set(128, 128, x[0].dtype, biased=True))
-    return triton_forward(*x, bias.pos_table, bias.time_table, plan, 128**-0.5, 0.01, tiles)
+    return triton_forward(*x, bias.pos_table, None, plan, 128**-0.5, 0.01, tiles)
 
 
 @pytest.mark.parametrize("kind", [BiasKind.POSITION, BiasKind.TIME, BiasKind.BOTH])
@@ -112,51 +78,33 @@ def theirs(x: tuple[Tensor, ...], plan: TritonPlan, bias: RelativeBias) -> Tenso
 def test_stays_in_the_budget_and_is_what_a_call_runs(
     dtype: torch.dtype, kind: BiasKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With positions alone; calls with times run the other kernel."""
     from hstu_kernels.attention.triton.hopper_biased_launch import HopperBiased
 
     launches = count_launches(HopperBiased, monkeypatch)
     case = AttentionCase(name="hopper", lengths=LENGTHS, bias=kind, heads=2, qk_dim=128, v_dim=128)
     attention = functools.partial(hstu_attention, backend="triton")
     assert_within_budget(attention, make_inputs(case, dtype, device="cuda"), signal=False)
-    assert launches
+    assert bool(launches) is (kind is BiasKind.POSITION)
 
 
-@pytest.mark.parametrize("asked", [False, True])
-@pytest.mark.parametrize("times", TIMES)
-def test_gives_the_bits_of_the_other_kernel_for_times_of_every_kind(times: str, asked: bool) -> None:
-    """Were there one different bit, no kernel could be chosen by length."""
-    bias = bias_of(LENGTHS, times, asked=asked)
-    x, plan = random_rows(sum(LENGTHS), 2, torch.bfloat16, 0), planned(LENGTHS, bias)
-    expected = theirs(x, plan, bias)
-    for programs in (None, 1, 7, 10_000):
-        assert torch.equal(ours(x, plan, bias, programs=programs), expected), programs
-
-
-@pytest.mark.parametrize(
-    ("kind", "buckets", "reach"),
-    [
-        (BiasKind.POSITION, 128, REACH),
-        (BiasKind.TIME, 128, REACH),
-        (BiasKind.BOTH, 3, 100),
-        (BiasKind.BOTH, 0, 1),
-    ],
-)
+@pytest.mark.parametrize("reach", [1, 2, 64, 100, REACH, 5000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gives_the_bits_of_the_other_kernel_for_tables_of_every_kind(
-    dtype: torch.dtype, kind: BiasKind, buckets: int, reach: int
-) -> None:
-    rng = random.Random(reach)
-    for seed, times in itertools.product(range(3), ("real", "in no order")):
-        lengths = random_lengths(rng)
-        bias = bias_of(lengths, times, kind, buckets, reach)
+def test_gives_the_bits_of_the_other_kernel(dtype: torch.dtype, reach: int) -> None:
+    """Were there one different bit, no kernel could be chosen by length."""
+    rng, bias = random.Random(reach), bias_of(reach)
+    for seed in range(4):
+        lengths = LENGTHS if seed == 0 else random_lengths(rng)
         x, plan = random_rows(sum(lengths), 2, dtype, seed), planned(lengths, bias)
-        assert torch.equal(ours(x, plan, bias), theirs(x, plan, bias)), (lengths, times)
+        expected = theirs(x, plan, bias)
+        for programs in (None, 1, 7, 10_000):
+            assert torch.equal(ours(x, plan, bias, programs=programs), expected), (lengths, programs)
 
 
 def test_a_call_repeats_its_bits_whatever_ran_before() -> None:
     """Twenty rounds with other inputs between them: a slot that is read too early holds the others' rows."""
     lengths, others = (3000, 77, 0, 1025, 512), (4096, 4096)
-    bias, other_bias = bias_of(lengths), bias_of(others, "each second")
+    bias, other_bias = bias_of(), bias_of(100)
     plan, other = planned(lengths, bias), planned(others, other_bias)
     x = random_rows(4614, 2, torch.bfloat16, 0)
     y = random_rows(8192, 2, torch.bfloat16, 1)
@@ -170,7 +118,7 @@ def test_a_call_repeats_its_bits_whatever_ran_before() -> None:
 
 
 def test_no_number_of_a_neighbour_is_seen() -> None:
-    bias = bias_of(NEIGHBOURS)
+    bias = bias_of()
     x, plan = random_rows(sum(NEIGHBOURS), 2, torch.bfloat16, 3), planned(NEIGHBOURS, bias)
     clean = ours(x, plan, bias)
     kept = spoil_every_other(x, NEIGHBOURS)
@@ -181,7 +129,7 @@ def test_no_number_of_a_neighbour_is_seen() -> None:
 
 def test_rows_of_no_sequence_are_not_written() -> None:
     lengths = (0, 100, 65, 0, 129)
-    rows, bias = sum(lengths), bias_of(lengths)
+    rows, bias = sum(lengths), bias_of()
     room = torch.full((rows + 300, 2, 128), 7.0, dtype=torch.bfloat16, device="cuda")
     ours(random_rows(rows, 2, torch.bfloat16, 4), planned(lengths, bias), bias, room[100 : 100 + rows])
     assert bool((room[:100] == 7).all() and (room[100 + rows :] == 7).all())
@@ -190,7 +138,7 @@ def test_rows_of_no_sequence_are_not_written() -> None:
 def test_graphs_and_columns_of_one_matrix_give_the_same_bits() -> None:
     """q, k and v as the layer leaves them: columns of one wide matrix."""
     lengths = (4700, 0, 300)
-    bias = bias_of(lengths)
+    bias = bias_of()
     plan, wide = planned(lengths, bias), random_rows(5000, 6, torch.bfloat16, 6)[0]
     x = tuple(wide.unflatten(1, (3, 2)).unbind(1))
     expected = theirs(tuple(t.contiguous() for t in x), plan, bias)

@@ -144,8 +144,9 @@ class Call:
             else:
                 kit.hopper_biased = hopper_biased(*self.inputs, self.tables, self._plan, kit.alpha, kit.scale)
             kit.may_be_hopper = kit.hopper is not None or kit.hopper_biased is not None
-        if kit.hopper_biased is not None:
-            return kit.hopper_biased.launch(self.inputs, self.tables, out, direct=self._direct)
+        pos = self.tables[0]
+        if kit.hopper_biased is not None and pos is not None:
+            return kit.hopper_biased.launch(self.inputs, pos, out, direct=self._direct)
         return kit.hopper is not None and kit.hopper.launch(self.inputs, out, direct=self._direct)
 
     def launch(

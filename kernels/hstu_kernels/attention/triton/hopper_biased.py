@@ -1,7 +1,8 @@
-"""The forward of Hopper GPUs for causal attention with a relative bias: `hopper_forward` and `hopper_bias` in one.
+"""The forward of Hopper GPUs for causal attention with a bias of positions alone: `hopper_forward`, and a look-up.
 
-The bias is where a product's sum begins. That of the next block is worked out while the two products of this one run,
-so that what waits for memory there waits beside the tensor cores; which way it goes there is known a block earlier.
+The bias is where a product's sum begins. That of the next block is fetched while the two products of this one run, so
+that what waits for memory there waits beside the tensor cores. With times the kernel that runs everywhere is the faster
+one: their look-ups are chains of comparisons, which two groups of warps do not hide (docs/performance-notes.md).
 Sums add up in the order of `hstu_fwd_kernel`.
 """
 
@@ -14,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hstu_kernels.attention.triton.hopper_bias import block_bias, block_class, low_times, read_span
+from hstu_kernels.attention.triton.assembly import constraints, diagonal_look_up
 from hstu_kernels.attention.triton.hopper_fetch import TILES_AHEAD, fetch_blocks, prefetch_tile, read_tile
 from hstu_kernels.attention.triton.hopper_shared import (
     GROUP_ROWS,
@@ -28,14 +29,38 @@ from hstu_kernels.attention.triton.hopper_shared import (
 )
 
 _BLOCK_N = gl.constexpr(64)
+_DIAGONALS = gl.constexpr(diagonal_look_up(32, 1))
+_LOOK_UP = gl.constexpr(constraints("f", 32, "r", "l", elements=32))
+_BOUNDED_DIAGONALS = gl.constexpr(diagonal_look_up(32, 1, bounded=True))
+_BOUNDED_LOOK_UP = gl.constexpr(constraints("f", 32, "r", "l", "r", elements=32))
 
 
 @gluon.jit
-def _block_at(block, seen, rows, key_spans_ptr, BUCKETS: gl.constexpr):
-    """Where a block begins and the span of its times; of what lies behind the last one nothing is seen."""
-    row, start, length, _row_low, _row_high, _row_times = rows
-    begin = gl.where(block < seen, block * _BLOCK_N, row + GROUP_ROWS)
-    return begin, read_span(key_spans_ptr, start, begin, length, BUCKETS)
+def _begin_of(block, seen, row):
+    """Where a block begins; behind the last one stands one of which nothing is seen."""
+    return gl.where(block < seen, block * _BLOCK_N, row + GROUP_ROWS)
+
+
+@gluon.jit
+def _positions(row, begin, pos_ptr, REACH: gl.constexpr, LAYOUT: gl.constexpr):
+    """Entries ``[64, 64]`` for rows from ``row`` and keys from ``begin`` on; beyond the table stand its last ones.
+
+    In assembly, each thread for the places in which a product leaves its elements: these warps have no shared memory
+    to send anything through.
+    """
+    rows = gl.expand_dims(row + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    cols = gl.expand_dims(begin + gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    index = (cols + REACH) - rows
+    base = pos_ptr.to(gl.int64, bitcast=True)
+    # Of the block's corners, those farthest apart.
+    if (begin + (REACH - 63) - row >= 0) & (begin + 63 - row <= REACH):
+        value = gl.inline_asm_elementwise(_DIAGONALS, _LOOK_UP, [index, base], dtype=gl.float32, is_pure=True, pack=32)
+    else:
+        value = gl.inline_asm_elementwise(
+            _BOUNDED_DIAGONALS, _BOUNDED_LOOK_UP, [index, base, gl.to_tensor(2 * REACH)], dtype=gl.float32,
+            is_pure=True, pack=32,
+        )  # fmt: skip
+    return value
 
 
 @gluon.jit
@@ -43,8 +68,7 @@ def _multiply(
     group: gl.constexpr,
     out,
     work_ptr,
-    tables,
-    spans,
+    pos_ptr,
     buffers,
     barriers,
     numbers,
@@ -52,7 +76,6 @@ def _multiply(
     D: gl.constexpr,
     STAGES: gl.constexpr,
     REACH: gl.constexpr,
-    BUCKETS: gl.constexpr,
 ):
     """The group of warps that owns rows ``64 * group`` to ``64 * group + 63`` of each tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -61,7 +84,6 @@ def _multiply(
     program, programs = gl.program_id(0), gl.num_programs(0)
     q_buffer, k_buffer, v_buffer, o_buffer = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
-    row_spans_ptr, key_spans_ptr = spans
     items, alpha, scale = numbers
     DTYPE: gl.constexpr = q_buffer.dtype
     half_alpha = alpha * 0.5
@@ -76,17 +98,7 @@ def _multiply(
             seen = gl.minimum(blocks, row // _BLOCK_N + 1)
         if blocks > 0:
             prefetch_tile(work_ptr, turn + 1, items, HEADS)
-            row_low, row_high = read_span(row_spans_ptr, start, row, length, BUCKETS)
-            if BUCKETS > 0:
-                row_times = low_times(tables[3], start, row, length, gl.SliceLayout(1, S_LAYOUT))
-            else:
-                row_times = gl.zeros([GROUP_ROWS], gl.int32, gl.SliceLayout(1, S_LAYOUT))
-            rows = (row, start, length, row_low, row_high, row_times)
-            begin, span = _block_at(0, seen, rows, key_spans_ptr, BUCKETS)
-            known = block_class(rows, begin, span, tables[1], BUCKETS)
-            bias = block_bias(rows, begin, known, tables, REACH, BUCKETS, S_LAYOUT)
-            begin, span = _block_at(1, seen, rows, key_spans_ptr, BUCKETS)
-            known = block_class(rows, begin, span, tables[1], BUCKETS)
+            bias = _positions(row, _begin_of(0, seen, row), pos_ptr, REACH, S_LAYOUT)
             last_seen = last_seen_by(row, S_LAYOUT)
             place, phase = slot_of(tiles, TILES_AHEAD)
             mbarrier.wait(q_full.index(place), phase)
@@ -95,11 +107,9 @@ def _multiply(
             slot = used % STAGES
             mbarrier.wait(k_full.index(slot), (used // STAGES) & 1)
             coming = warpgroup_mma(q, k_buffer.index(slot).permute((1, 0)), bias, is_async=True)
-            bias = block_bias(rows, begin, known, tables, REACH, BUCKETS, S_LAYOUT)
-            begin, span = _block_at(2, seen, rows, key_spans_ptr, BUCKETS)
+            bias = _positions(row, _begin_of(1, seen, row), pos_ptr, REACH, S_LAYOUT)
             logits = warpgroup_mma_wait(0, deps=(coming,))
             mbarrier.arrive(k_free.index(slot), count=1)
-            known = block_class(rows, begin, span, tables[1], BUCKETS)
             p = weights_of(logits, 0, last_seen, half_alpha, row == 0, P_LAYOUT, DTYPE)
             acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
             for i in range(1, seen):
@@ -110,12 +120,9 @@ def _multiply(
                 coming = warpgroup_mma(q, keys, bias, is_async=True)
                 mbarrier.wait(v_full.index(slot), (used // STAGES) & 1)
                 growing = warpgroup_mma(p, v_buffer.index(slot), acc, is_async=True)
-                next_begin, span = _block_at(i + 2, seen, rows, key_spans_ptr, BUCKETS)
-                bias = block_bias(rows, begin, known, tables, REACH, BUCKETS, S_LAYOUT)
+                bias = _positions(row, _begin_of(i + 1, seen, row), pos_ptr, REACH, S_LAYOUT)
                 logits = warpgroup_mma_wait(1, deps=(coming,))
                 mbarrier.arrive(k_free.index(next_slot), count=1)
-                known = block_class(rows, next_begin, span, tables[1], BUCKETS)
-                begin = next_begin
                 own = i * _BLOCK_N
                 following = weights_of(logits, own, last_seen, half_alpha, own >= row, P_LAYOUT, DTYPE)
                 acc = warpgroup_mma_wait(0, deps=(growing,))
@@ -144,12 +151,6 @@ def hopper_biased_kernel(
     out_ptr,
     work_ptr,
     pos_ptr,
-    time_ptr,
-    bounds_ptr,
-    row_times_ptr,
-    key_times_ptr,
-    row_spans_ptr,
-    key_spans_ptr,
     q_desc,
     k_desc,
     v_desc,
@@ -164,30 +165,21 @@ def hopper_biased_kernel(
     D: gl.constexpr,
     STAGES: gl.constexpr,
     REACH: gl.constexpr,
-    BUCKETS: gl.constexpr,
 ):
     """Any number of programs for ``items`` lines and heads; ``out [L, H, D]``, contiguous.
 
-    ``work_ptr``: pairs of tiles of 128 rows, under a plain mask and without targets. REACH and
-    BUCKETS as in `KernelShape`; spans are those of 64 rows and of 64 keys.
+    ``work_ptr``: pairs of tiles of 128 rows, under a plain mask and without targets. ``pos_ptr [2 REACH + 1]``:
+    float32, divided by alpha.
     """
     buffers, barriers = allocate(q_desc, k_desc, v_desc, TILES_AHEAD, 2, _BLOCK_N, STAGES)
     descriptors = (q_desc, k_desc, v_desc)
     strides = (q_head_stride, k_head_stride, v_head_stride)
-    tables = (pos_ptr, time_ptr, bounds_ptr, row_times_ptr, key_times_ptr)
-    spans = (row_spans_ptr, key_spans_ptr)
     numbers = (items, alpha, scale)
     out = (out_ptr, out_desc)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (0, out, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS),
-            ),
-            (
-                _multiply,
-                (1, out, work_ptr, tables, spans, buffers, barriers, numbers, HEADS, D, STAGES, REACH, BUCKETS),
-            ),
+            (_multiply, (0, out, work_ptr, pos_ptr, buffers, barriers, numbers, HEADS, D, STAGES, REACH)),
+            (_multiply, (1, out, work_ptr, pos_ptr, buffers, barriers, numbers, HEADS, D, STAGES, REACH)),
             (fetch_blocks, (work_ptr, descriptors, strides, buffers, barriers, items, HEADS, _BLOCK_N, STAGES)),
         ],
         [4, 1],
