@@ -33,6 +33,7 @@ from hstu_plugin.adapters.recbole import report, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = ("ml-1m", "ml-1m-large")
+OURS = "triton"
 FOLDERS = ("recbole_configs/results", "benchmarks/results")
 
 _MARKER = re.compile(r"<!-- results:(\S+) (begin|end) -->")
@@ -124,19 +125,38 @@ def _cpu_passes(root: Path) -> str:
 
 
 def _attention(root: Path) -> str:
-    """TFLOP/s of useful work at the causal shapes, forward / backward, beside softmax attention."""
-    rows = newest(read(root / "benchmarks/results/attention.csv", ATTENTION_COLUMNS))
+    """TFLOP/s of useful work at the causal shapes, forward / backward.
+
+    Beside other kernels in the last run that has some, and behind the table ours of a later one.
+    """
+    rows = read(root / "benchmarks/results/attention.csv", ATTENTION_COLUMNS)
     rows = [row for row in rows if row["group"] == "causal" and row["mode"] == CALL]
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    speed = {(r["case"], r["contender"], r["direction"]): f"{float(r['tflops_convention']):.0f}" for r in rows}
-    body = [
-        [case, *(" / ".join(speed.get((case, c, d), "-") for d in (FORWARD, BACKWARD)) for c in contenders)]
-        for case in dict.fromkeys(row["case"] for row in rows)
-    ]
-    ceilings = sorted({f"{float(row['matmul_tflops']):.0f}" for row in rows})
+    run = [row["taken_at"] for row in rows if row["contender"] != OURS][-1]
+    compared = [row for row in rows if row["taken_at"] == run]
+    later = [row for row in newest(rows) if row["contender"] == OURS and row["taken_at"] > run]
+    contenders = list(dict.fromkeys(row["contender"] for row in compared))
+    cases = list(dict.fromkeys(row["case"] for row in compared))
+    body = [[case, *(_both_ways(compared, case, contender) for contender in contenders)] for case in cases]
+    text = _table(["B x L x H x D", *contenders], body) + f"\n{_facts_of(compared)}\n"
+    if later:
+        found = ", ".join(f"{case} {_both_ways(later, case, OURS)}" for case in cases)
+        text += f"\nOurs in later runs without the others ({_facts_of(later)[:-1]}): {found}.\n"
+    return text
+
+
+def _both_ways(rows: Sequence[dict[str, str]], case: str, contender: str) -> str:
+    speed = {
+        r["direction"]: float(r["tflops_convention"]) for r in rows if (r["case"], r["contender"]) == (case, contender)
+    }
+    return " / ".join(f"{speed[way]:.0f}" if way in speed else "-" for way in (FORWARD, BACKWARD))
+
+
+def _facts_of(rows: Sequence[dict[str, str]]) -> str:
+    speeds = sorted(float(row["matmul_tflops"]) for row in rows)
+    low, high = f"{speeds[0]:.0f}", f"{speeds[-1]:.0f}"
     facts = sorted({f"{r['device']}, torch {r['torch']}, Triton {r['triton']}, commit {r['commit'][:7]}" for r in rows})
-    note = f"{'; '.join(facts)}; a bf16 matrix product in the same runs: {' to '.join(ceilings)} TFLOP/s.\n"
-    return _table(["B x L x H x D", *contenders], body) + "\n" + note
+    product = low if low == high else f"{low} to {high}"
+    return f"{'; '.join(facts)}; a bf16 matrix product in the same runs: {product} TFLOP/s."
 
 
 def _recorded(name: str, root: Path) -> report.Record:

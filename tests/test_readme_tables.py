@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import update_readme
+from benchmarks.attention.measure import BACKWARD, CALL, COLUMNS, FORWARD
 from hstu_plugin._versions import version_table
 from hstu_plugin.adapters.quantized import RECORD_FORMAT
 from hstu_plugin.adapters.recbole import report, settings
@@ -250,3 +252,34 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(not README.is_file(), reason="there is no README.md")
 def test_the_readme_is_up_to_date() -> None:
     assert update_readme.main(["--check"]) == 0
+
+
+def test_speeds_stand_beside_those_of_the_same_run(tmp_path: Path) -> None:
+    """What was timed later, alone, stands behind the table."""
+
+    def row(taken_at: str, contender: str, direction: str, speed: float) -> dict[str, str]:
+        known = {"group": "causal", "mode": CALL, "case": "2x64", "device": "GPU", "torch": "2", "triton": "3"}
+        numbers = {"tflops_convention": str(speed), "matmul_tflops": "700"}
+        return {
+            **known,
+            **numbers,
+            "taken_at": taken_at,
+            "commit": taken_at,
+            "contender": contender,
+            "direction": direction,
+        }
+
+    rows = [row("1", "triton", FORWARD, 50), row("1", "triton", BACKWARD, 40)]
+    rows += [row("2", "triton", FORWARD, 100), row("2", "triton", BACKWARD, 80)]
+    rows += [row("2", "theirs", FORWARD, 90), row("2", "theirs", BACKWARD, 70), row("3", "triton", FORWARD, 110)]
+    path = tmp_path / "benchmarks/results/attention.csv"
+    path.parent.mkdir(parents=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    text = update_readme.updated(block("attention"), tmp_path)
+    assert "| B x L x H x D | triton | theirs |\n" in text
+    assert "| 2x64 | 100 / 80 | 90 / 70 |\n" in text
+    assert "Ours in later runs without the others (GPU, torch 2, Triton 3, commit 3;" in text
+    assert text.count("2x64 110 / -.") == 1
