@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.attention.cases import TRUNCATED_SHARE
 from benchmarks.attention.compare import LENGTH_GROUPS, Row
 from benchmarks.attention.measure import BACKWARD, CALL, FORWARD
 
@@ -18,11 +19,28 @@ def charts(rows: Sequence[Row], folder: Path) -> list[Path]:
     published = [row for row in calls if row["group"] == "causal" and row["qk_dim"] == "128"]
     dense = published + [row for row in calls if row["group"] == "length"]
     over_length = [row for row in calls if row["group"] in LENGTH_GROUPS and row["batch"] == "4"]
+    over_length += truncated(over_length)
     done = [
         _chart(dense, "tflops_convention", "TFLOP/s, causal, D 128", _by_contender, folder / "attention-tflops.png"),
         _chart(over_length, "p50_ms", "milliseconds, batch of 4", _by_series, folder / "attention-time.png", log=True),
     ]
     return [chart for chart in done if chart is not None]
+
+
+def truncated(rows: Sequence[Row]) -> list[Row]:
+    """Rows of attention over the latest quarter of a sequence, where none are recorded: full ones of that length.
+
+    It is the same call.
+    """
+    full = [row for row in rows if row["series"] == "full"]
+    lengths = {int(row["length"]) for row in full}
+    known = {(row["contender"], row["direction"]) for row in rows if row["series"] == "truncated"}
+    return [
+        {**row, "series": "truncated", "length": str(length)}
+        for row in full
+        if (length := int(row["length"]) * TRUNCATED_SHARE) in lengths
+        and (row["contender"], row["direction"]) not in known
+    ]
 
 
 def _by_contender(row: Row) -> str:

@@ -15,6 +15,7 @@ from benchmarks import ledger
 from benchmarks.attention import __main__ as command
 from benchmarks.attention import contenders
 from benchmarks.attention.cases import choose
+from benchmarks.attention.charts import truncated
 from benchmarks.attention.compare import length_slopes, newest
 from benchmarks.attention.measure import COLUMNS
 from benchmarks.attention.report import markdown, write_report
@@ -255,3 +256,18 @@ def test_a_rival_that_loses_the_device_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(ClickException, match=f"meta-triton lost the device at {case.name}.*without --against"):
         command._insist_on_the_device(torch.device("cuda"), "meta-triton", case)
+
+
+def test_the_chart_has_attention_over_the_latest_quarter() -> None:
+    """The same call as full attention at a quarter of the length; recorded rows of it come first."""
+
+    def row(length: int, series: str = "full") -> dict[str, str]:
+        kind = {"contender": "triton", "direction": "forward", "series": series}
+        return {**kind, "length": str(length), "p50_ms": str(length / 1000)}
+
+    found = truncated([row(1024), row(4096), row(16384), row(4096, "semi-local tail")])
+    assert [(r["series"], r["length"], r["p50_ms"]) for r in found] == [
+        ("truncated", "4096", "1.024"),
+        ("truncated", "16384", "4.096"),
+    ]
+    assert not truncated([row(1024), row(4096), row(4096, "truncated")])
