@@ -21,7 +21,6 @@ from pathlib import Path
 import yaml
 
 from benchmarks import readme_ranking
-from benchmarks.attention.compare import newest
 from benchmarks.attention.measure import BACKWARD, CALL, FORWARD
 from benchmarks.attention.measure import COLUMNS as ATTENTION_COLUMNS
 from benchmarks.ledger import read
@@ -127,13 +126,13 @@ def _cpu_passes(root: Path) -> str:
 def _attention(root: Path) -> str:
     """TFLOP/s of useful work at the causal shapes, forward / backward.
 
-    Beside other kernels in the last run that has some, and behind the table ours of a later one.
+    Beside other kernels in the last run that has some, and behind the table ours of all later ones.
     """
     rows = read(root / "benchmarks/results/attention.csv", ATTENTION_COLUMNS)
     rows = [row for row in rows if row["group"] == "causal" and row["mode"] == CALL]
     run = [row["taken_at"] for row in rows if row["contender"] != OURS][-1]
     compared = [row for row in rows if row["taken_at"] == run]
-    later = [row for row in newest(rows) if row["contender"] == OURS and row["taken_at"] > run]
+    later = [row for row in rows if row["contender"] == OURS and row["taken_at"] > run]
     contenders = list(dict.fromkeys(row["contender"] for row in compared))
     cases = list(dict.fromkeys(row["case"] for row in compared))
     body = [[case, *(_both_ways(compared, case, contender) for contender in contenders)] for case in cases]
@@ -145,17 +144,22 @@ def _attention(root: Path) -> str:
 
 
 def _both_ways(rows: Sequence[dict[str, str]], case: str, contender: str) -> str:
-    speed = {
-        r["direction"]: float(r["tflops_convention"]) for r in rows if (r["case"], r["contender"]) == (case, contender)
-    }
-    return " / ".join(f"{speed[way]:.0f}" if way in speed else "-" for way in (FORWARD, BACKWARD))
+    found = [row for row in rows if (row["case"], row["contender"]) == (case, contender)]
+    ways = (
+        [float(row["tflops_convention"]) for row in found if row["direction"] == way] for way in (FORWARD, BACKWARD)
+    )
+    return " / ".join(_span(speeds) if speeds else "-" for speeds in ways)
+
+
+def _span(numbers: Sequence[float]) -> str:
+    """The least and the largest, once where they look alike."""
+    low, high = (f"{pick(numbers):.0f}" for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _facts_of(rows: Sequence[dict[str, str]]) -> str:
-    speeds = sorted(float(row["matmul_tflops"]) for row in rows)
-    low, high = f"{speeds[0]:.0f}", f"{speeds[-1]:.0f}"
     facts = sorted({f"{r['device']}, torch {r['torch']}, Triton {r['triton']}, commit {r['commit'][:7]}" for r in rows})
-    product = low if low == high else f"{low} to {high}"
+    product = _span([float(row["matmul_tflops"]) for row in rows])
     return f"{'; '.join(facts)}; a bf16 matrix product in the same runs: {product} TFLOP/s."
 
 

@@ -272,6 +272,8 @@ def test_speeds_stand_beside_those_of_the_same_run(tmp_path: Path) -> None:
     rows = [row("1", "triton", FORWARD, 50), row("1", "triton", BACKWARD, 40)]
     rows += [row("2", "triton", FORWARD, 100), row("2", "triton", BACKWARD, 80)]
     rows += [row("2", "theirs", FORWARD, 90), row("2", "theirs", BACKWARD, 70), row("3", "triton", FORWARD, 110)]
+    rows += [row("2", "no backward", FORWARD, 60)]
+    rows += [row("4", "triton", FORWARD, 95), row("4", "triton", BACKWARD, 85)]
     path = tmp_path / "benchmarks/results/attention.csv"
     path.parent.mkdir(parents=True)
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -279,7 +281,7 @@ def test_speeds_stand_beside_those_of_the_same_run(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     text = update_readme.updated(block("attention"), tmp_path)
-    assert "| B x L x H x D | triton | theirs |\n" in text
-    assert "| 2x64 | 100 / 80 | 90 / 70 |\n" in text
-    assert "Ours in later runs without the others (GPU, torch 2, Triton 3, commit 3;" in text
-    assert text.count("2x64 110 / -.") == 1
+    assert "| B x L x H x D | triton | theirs | no backward |\n" in text
+    assert "| 2x64 | 100 / 80 | 90 / 70 | 60 / - |\n" in text
+    assert "Ours in later runs without the others (GPU, torch 2, Triton 3, commit 3; GPU" in text
+    assert text.count(": 2x64 95 to 110 / 85.") == 1

@@ -147,8 +147,8 @@ def test_the_time_of_a_step_by_part(tmp_path: Path) -> None:
     rows = list(csv.DictReader(path.open(encoding="utf-8")))
     assert [row["part"] for row in rows] == list(PARTS) and {row["contender"] for row in rows} == {"eager"}
     assert all(float(row["ms"]) > 0 for row in rows)
-    # Six digits of each are written.
-    assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-5)
+    # Six digits of each are written: half a unit of the last one is lost.
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=5e-7 * len(rows))
 
 
 @pytest.mark.parametrize(
